@@ -1,0 +1,1 @@
+"""Every setting of the daemon, model shape presets, and the embedded model."""

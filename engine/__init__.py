@@ -1,0 +1,1 @@
+"""The engine: requests, KV storage, model runner, models, sampler, tokenizer, weights."""

@@ -1,0 +1,1 @@
+"""Decisions only: queues to Step, page accounting, feedback, mapping. No tensors and no clock."""

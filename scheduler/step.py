@@ -1,0 +1,27 @@
+"""The scheduler's answer: which tokens of which sequences the next forward pass computes. Frozen data."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class StepSequence:
+    """One sequence's part of a step: compute its tokens at positions [begin, end).
+
+    After the step the first `end` tokens of the sequence have their keys and values in `block_table`.
+    A token is sampled from the last position iff `samples`, that is, when `end` reaches the last known token.
+    """
+
+    key: int  # the sequence's number, unique for the life of the scheduler
+    begin: int
+    end: int
+    block_table: tuple[int, ...]  # page ids; covers at least `end` tokens
+    samples: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One forward pass. Empty `sequences` means that there is nothing to do."""
+
+    sequences: tuple[StepSequence, ...]
+    preempted: tuple[int, ...] = ()  # keys of sequences that lost their pages to make this step possible
+    num_tokens: int = 0  # sum of end - begin

@@ -1,0 +1,1 @@
+"""OpenAI-compatible HTTP front: protocol, routes, streaming, authentication, metrics, process supervision."""
