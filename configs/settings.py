@@ -98,7 +98,13 @@ def _setting(
         flags: further spellings besides the one that follows from the field's name.
         default_text: shown for the default, where the value itself would tell a reader nothing.
     """
-    extra = {"group": group, "flags": list(flags), "unit": unit, "default": default_text, "metavar": metavar}
+    extra: dict[str, Any] = {
+        "group": group,
+        "flags": list(flags),
+        "unit": unit,
+        "default": default_text,
+        "metavar": metavar,
+    }
     return Field(description=description, json_schema_extra=extra, **field)
 
 
@@ -153,7 +159,7 @@ class Settings(BaseSettings):
     )
     max_model_len: Annotated[int | None, BeforeValidator(_parse_length)] = _setting(
         "Model",
-        "Longest prompt and answer together; `auto` is the model's own limit, lowered to what the KV pages hold.",
+        "Longest prompt and answer together; `auto` is the model's limit, lowered to what the KV pages hold.",
         default=None,
         default_text="auto",
         unit="tokens",
@@ -164,6 +170,7 @@ class Settings(BaseSettings):
         "Jinja chat template: a file, or the template itself.",
         default=None,
         default_text="the tokenizer's",
+        metavar="TEMPLATE",
     )
     seed: int = _setting(
         "Model",
@@ -437,7 +444,7 @@ def api_keys(settings: Settings) -> tuple[str, ...]:
     """The keys of --api-key and --api-key-file together; empty when no key is asked for.
 
     Raises:
-        SettingsError: the file cannot be read, or holds no key, and then serving anyone is not what was meant.
+        SettingsError: the file cannot be read, or holds no key, when serving anyone is not what was meant.
     """
     if settings.api_key_file is None:
         return settings.api_key
@@ -546,12 +553,12 @@ def markdown() -> str:
         "",
         "`hybridgen serve` takes each setting from the first place that has it: the command line, the",
         "environment, the TOML file named by `--config` or `HYBRIDGEN_CONFIG`, the default. A flag",
-        "`--max-num-seqs 64` is `HYBRIDGEN_MAX_NUM_SEQS=64` in the environment (lists separated by commas) and",
-        "`max-num-seqs = 64` in the file. An unknown flag or key ends the program; an unknown `HYBRIDGEN_*`",
-        "variable is warned about.",
+        "`--max-num-seqs 64` is `HYBRIDGEN_MAX_NUM_SEQS=64` in the environment (lists separated by commas)",
+        "and `max-num-seqs = 64` in the file. An unknown flag or key ends the program; an unknown",
+        "`HYBRIDGEN_*` variable is warned about.",
         "",
-        "Counts and sizes may carry a suffix: `32k` is 32,000 and `32K` 32,768; `4GB` is 4·10⁹ bytes, `4GiB` is",
-        "4·2³⁰.",
+        "Counts and sizes may carry a suffix: `32k` is 32,000 and `32K` 32,768; `4GB` is 4·10⁹ bytes and",
+        "`4GiB` 4·2³⁰.",
     ]
     previous = ""
     for name, field in Settings.model_fields.items():
@@ -610,7 +617,7 @@ def _variable(name: str) -> str:
 
 def _about(field: FieldInfo) -> dict[str, Any]:
     assert isinstance(field.json_schema_extra, dict)
-    return dict(field.json_schema_extra)
+    return field.json_schema_extra
 
 
 def _kind(field: FieldInfo) -> Any:
