@@ -113,6 +113,19 @@ def _read_rope(config: PreTrainedConfig, head_dim: int) -> RopeSpec:
     return RopeSpec(tuple(inv_freq.tolist()), float(attention_factor))
 
 
+def _max_positions(config: PreTrainedConfig) -> int:
+    """The context that the rope scaling stretches to; llama3 checkpoints already state it stretched."""
+    config.standardize_rope_params()
+    parameters: Mapping[str, Any] = config.rope_parameters
+    stated: int = config.max_position_embeddings
+    kind = parameters.get("rope_type", "default")
+    if kind in ("linear", "dynamic"):
+        return int(stated * parameters["factor"])
+    if kind == "yarn":
+        return max(stated, int(parameters.get("original_max_position_embeddings", stated) * parameters["factor"]))
+    return stated
+
+
 def _sliding_windows(config: PreTrainedConfig) -> tuple[int, ...]:
     window = getattr(config, "sliding_window", None) or 0
     layer_types = getattr(config, "layer_types", None)
@@ -135,7 +148,7 @@ def _read_llama(config: PreTrainedConfig) -> ModelSpec:
         num_kv_heads=config.num_key_value_heads or config.num_attention_heads,
         head_dim=head_dim,
         intermediate_size=config.intermediate_size,
-        max_positions=config.max_position_embeddings,
+        max_positions=_max_positions(config),
         activation=config.hidden_act,
         gated_mlp=True,
         rms_norm=True,

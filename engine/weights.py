@@ -19,6 +19,7 @@ from rich.progress import Progress
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from hybridgen.configs.presets import preset_folder
 from hybridgen.engine.model_spec import ModelSpec
 
 logger = logging.getLogger(__name__)
@@ -29,25 +30,33 @@ class WeightError(Exception):
 
 
 @dataclass(frozen=True, slots=True)
-class Affine:
-    """A matrix and its optional bias, or a norm's scale and its optional shift. None, None: identity scale."""
+class Linear:
+    """x @ weight.T + bias."""
 
-    weight: Tensor | None
-    bias: Tensor | None
+    weight: Tensor  # [out, in]
+    bias: Tensor | None  # [out]
+
+
+@dataclass(frozen=True, slots=True)
+class Norm:
+    """A norm's scale and shift; LayerNorm has both or, in some OPT models, neither; RMSNorm the scale alone."""
+
+    weight: Tensor | None  # [hidden]
+    bias: Tensor | None  # [hidden]
 
 
 @dataclass(frozen=True, slots=True)
 class LayerWeights:
-    """One decoder layer. Matrices are [out, in]."""
+    """One decoder layer."""
 
-    attention_norm: Affine
-    qkv: Affine  # [(heads + 2 * kv_heads) * head_dim, hidden]: q, then k, then v
+    attention_norm: Norm
+    qkv: Linear  # [(heads + 2 * kv_heads) * head_dim, hidden]: q, then k, then v
     q_norm: Tensor | None  # [head_dim]
     k_norm: Tensor | None  # [head_dim]
-    out: Affine  # [hidden, heads * head_dim]
-    mlp_norm: Affine
-    up: Affine  # gated: [2 * intermediate, hidden], gate first; otherwise [intermediate, hidden]
-    down: Affine  # [hidden, intermediate]
+    out: Linear  # [hidden, heads * head_dim]
+    mlp_norm: Norm
+    up: Linear  # gated: [2 * intermediate, hidden], gate first; otherwise [intermediate, hidden]
+    down: Linear  # [hidden, intermediate]
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +67,7 @@ class Weights:
     positions: Tensor | None  # [offset + max_positions, hidden]
     project_in: Tensor | None  # [hidden, embed]
     layers: tuple[LayerWeights, ...]
-    final_norm: Affine | None
+    final_norm: Norm | None
     project_out: Tensor | None  # [embed, hidden]
     lm_head: Tensor  # [vocab, embed]; the embedding itself when tied
 
@@ -95,7 +104,7 @@ _Read = Callable[[str, tuple[int, ...]], Tensor]
 
 
 def resolve_model(model: str, *, revision: str | None = None, download_dir: str | None = None) -> Path:
-    """The local folder of `model`: itself if it is one, otherwise a snapshot from the Hugging Face hub.
+    """The local folder of `model`: itself if it is one, a preset's shapes, or a snapshot from the Hugging Face hub.
 
     Raises:
         WeightError: neither a folder nor a model that the hub, or its local cache, can give.
@@ -107,6 +116,9 @@ def resolve_model(model: str, *, revision: str | None = None, download_dir: str 
         return path
     if path.is_absolute() or model.startswith((".", "~")):
         raise WeightError(f"model folder {path} does not exist")
+    preset = preset_folder(model)
+    if preset is not None:
+        return preset
     patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
     try:
         found = snapshot_download(model, revision=revision, cache_dir=download_dir, allow_patterns=patterns)
@@ -164,17 +176,17 @@ def _assemble(spec: ModelSpec, read: _Read) -> Weights:
     hidden, embed = spec.hidden_size, spec.embed_size
     q_size, kv_size = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
 
-    def norm(name: str, size: int) -> Affine:
+    def norm(name: str, size: int) -> Norm:
         if not spec.norm_affine:
-            return Affine(None, None)
+            return Norm(None, None)
         bias = None if spec.rms_norm else read(f"{name}.bias", (size,))
-        return Affine(read(f"{name}.weight", (size,)), bias)
+        return Norm(read(f"{name}.weight", (size,)), bias)
 
-    def linear(parts: tuple[tuple[str, int], ...], inputs: int, *, bias: bool) -> Affine:
+    def linear(parts: tuple[tuple[str, int], ...], inputs: int, *, bias: bool) -> Linear:
         weight = [read(f"{name}.weight", (outputs, inputs)) for name, outputs in parts]
         shift = [read(f"{name}.bias", (outputs,)) for name, outputs in parts] if bias else []
         # One part is already the matrix; several are copied once into one and let go.
-        return Affine(
+        return Linear(
             weight[0].contiguous() if len(weight) == 1 else torch.cat(weight),
             torch.cat(shift) if shift else None,
         )

@@ -1,0 +1,60 @@
+# `make serve`, `make test`, `make check`: each sets up .venv first, on a machine with python3.11, venv, g++ and make.
+
+PYTHON ?= python3.11
+VENV := .venv
+BIN := $(VENV)/bin
+# A build of torch for CPUs alone. Tried where there is no NVIDIA driver, and only if it answers: a
+# constraint alone would still take the build that brings CUDA along from the default index.
+TORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
+ARGS ?=
+
+.PHONY: serve test test-fast check format wheel clean distclean help
+
+help:
+	@echo "make serve [ARGS='--port 8001 ...']  serve the embedded model on 127.0.0.1:8000"
+	@echo "make test                            the whole suite"
+	@echo "make check                           ruff, mypy, pyright"
+	@echo "make format                          rewrite the sources as ruff formats them"
+	@echo "make wheel                           sdist and wheel in dist/"
+
+serve: $(VENV)/.installed
+	$(BIN)/hybridgen serve $(ARGS)
+
+test: $(VENV)/.installed-dev
+	$(BIN)/pytest $(ARGS)
+
+check: $(VENV)/.installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/mypy --explicit-package-bases bench tests
+	$(BIN)/pyright
+
+format: $(VENV)/.installed-dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+wheel: $(VENV)/.installed-dev
+	$(BIN)/python -m build
+
+# torch first: everything else then finds it installed and never asks an index for it.
+$(VENV)/.torch: constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	TORCH_CPU_INDEX="$(TORCH_CPU_INDEX)" scripts/install-torch $(BIN)/python
+	touch $@
+
+SOURCES := pyproject.toml CMakeLists.txt $(wildcard kernels/csrc/*)
+
+$(VENV)/.installed: $(VENV)/.torch $(SOURCES)
+	$(BIN)/pip install --quiet --constraint constraints.txt -e .
+	touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.torch $(SOURCES)
+	$(BIN)/pip install --quiet --constraint constraints.txt -e '.[test,dev]'
+	touch $@ $(VENV)/.installed
+
+clean:
+	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+
+distclean: clean
+	rm -rf $(VENV)

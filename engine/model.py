@@ -1,0 +1,180 @@
+"""The decoder: one forward pass over the tokens of a step. Knows no request, no page and no family by name.
+
+Attention is a callable given with each pass, so that the same decoder runs on one tier or on several.
+"""
+
+from collections.abc import Callable
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F  # noqa: N812 (torch's own habit)
+from torch import Tensor
+from transformers.activations import ACT2FN
+
+from hybridgen.engine.model_spec import ModelSpec, RopeSpec, UnsupportedModel
+from hybridgen.engine.weights import LayerWeights, Linear, Norm, Weights
+from hybridgen.kernels.ops import fused_add_rms_norm, rms_norm, rotary_, silu_and_mul
+
+
+class Attention(Protocol):
+    """Attention of one step's queries over everything their sequences have cached, this step included."""
+
+    def store(self, layer: int, k: Tensor, v: Tensor) -> None:
+        """Write this step's keys and values, [tokens, kv_heads, head_dim], to their slots."""
+
+    def attend(self, layer: int, q: Tensor, *, sliding_window: int = 0) -> Tensor:
+        """q [tokens, heads, head_dim] -> the same shape."""
+
+
+def _linear(x: Tensor, linear: Linear) -> Tensor:
+    return F.linear(x, linear.weight, linear.bias)
+
+
+class RotaryTable:
+    """cos and sin of every position's angles.
+
+    Dynamic NTK (`dynamic_factor`) changes a token's frequencies with the length of the sequence at the time when the
+    token was computed. To be independent of chunking, that length is taken as the prompt's for prompt tokens and
+    as position + 1 for generated ones, which is what an unchunked run sees.
+    """
+
+    def __init__(self, spec: RopeSpec, max_positions: int, device: torch.device) -> None:
+        self._spec = spec
+        self._inv_freq = torch.tensor(spec.inv_freq, dtype=torch.float32, device=device)
+        positions = torch.arange(max_positions, dtype=torch.float32, device=device)
+        self._cos, self._sin = self._cos_sin(positions, self._inv_freq)
+
+    def _cos_sin(self, positions: Tensor, inv_freq: Tensor) -> tuple[Tensor, Tensor]:
+        angles = positions[:, None] * inv_freq
+        return angles.cos() * self._spec.attention_factor, angles.sin() * self._spec.attention_factor
+
+    def lookup(self, positions: Tensor, prompt_lens: Tensor) -> tuple[Tensor, Tensor]:
+        """positions, prompt_lens [tokens], int64 -> cos, sin [tokens, head_dim / 2], float32."""
+        spec = self._spec
+        if not spec.dynamic_factor:
+            return self._cos[positions], self._sin[positions]
+        lengths = torch.maximum(prompt_lens, positions + 1).clamp(min=spec.original_max_positions)
+        dim = 2 * len(spec.inv_freq)
+        stretch = spec.dynamic_factor * lengths / spec.original_max_positions - (spec.dynamic_factor - 1)
+        base = spec.theta * stretch.float() ** (dim / (dim - 2))
+        exponents = torch.arange(0, dim, 2, dtype=torch.float32, device=positions.device) / dim
+        return self._cos_sin(positions.float(), 1.0 / base[:, None] ** exponents)
+
+
+class Decoder:
+    """A decoder-only transformer, differences between families being fields of its ModelSpec."""
+
+    def __init__(self, spec: ModelSpec, weights: Weights, *, max_model_len: int) -> None:
+        if spec.activation not in ACT2FN:
+            raise UnsupportedModel(f"activation {spec.activation!r} is not known to transformers")
+        self.spec = spec
+        self._weights = weights
+        self._activation: Callable[[Tensor], Tensor] = ACT2FN[spec.activation]
+        device = weights.embedding.device
+        self._rotary = None if spec.rope is None else RotaryTable(spec.rope, max_model_len, device)
+
+    @torch.inference_mode()
+    def forward(
+        self, tokens: Tensor, positions: Tensor, prompt_lens: Tensor, attention: Attention, rows: Tensor
+    ) -> Tensor:
+        """The last hidden states of chosen tokens.
+
+        Args:
+            tokens, positions: [tokens], int64: ids, and places in their sequences from 0.
+            prompt_lens: [tokens], int64: the prompt length of each token's sequence (dynamic rope reads it).
+            attention: this step's.
+            rows: [rows], int64: the tokens whose hidden states are wanted.
+
+        Returns:
+            [rows, embed_size], ready for `logits`.
+        """
+        spec, weights = self.spec, self._weights
+        x = F.embedding(tokens, weights.embedding)
+        if weights.project_in is not None:
+            x = F.linear(x, weights.project_in)
+        if weights.positions is not None:
+            x = x + F.embedding(positions + spec.learned_position_offset, weights.positions)
+        rotation = None if self._rotary is None else self._rotary.lookup(positions, prompt_lens)
+        x = self._pre_norm_layers(x, rotation, attention, rows) if spec.pre_norm else (
+            self._post_norm_layers(x, rotation, attention)[rows]
+        )
+        return x if weights.project_out is None else F.linear(x, weights.project_out)
+
+    @torch.inference_mode()
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[rows, embed_size] -> [rows, vocab_size], in the model's dtype."""
+        return F.linear(hidden, self._weights.lm_head)
+
+    def _pre_norm_layers(
+        self, x: Tensor, rotation: tuple[Tensor, Tensor] | None, attention: Attention, rows: Tensor
+    ) -> Tensor:
+        # `residual` is the running sum; `x` is always what the last block adds to it.
+        layers = self._weights.layers
+        residual = x
+        x = self._norm(residual, layers[0].attention_norm)
+        for index, layer in enumerate(layers):
+            x = self._attention(index, layer, x, rotation, attention)
+            if index == len(layers) - 1 and len(rows) < len(x):
+                # Past the last attention, tokens no longer see each other: go on with the wanted ones alone.
+                x, residual = x[rows], residual[rows]
+                rows = torch.arange(len(rows), device=rows.device)
+            x = self._add_norm(x, residual, layer.mlp_norm)
+            x = self._mlp(layer, x)
+            if index + 1 < len(layers):
+                x = self._add_norm(x, residual, layers[index + 1].attention_norm)
+        final = self._weights.final_norm
+        x = residual + x if final is None else self._add_norm(x, residual, final)
+        return x[rows]
+
+    def _post_norm_layers(
+        self, x: Tensor, rotation: tuple[Tensor, Tensor] | None, attention: Attention
+    ) -> Tensor:
+        for index, layer in enumerate(self._weights.layers):
+            x = self._norm(x + self._attention(index, layer, x, rotation, attention), layer.attention_norm)
+            x = self._norm(x + self._mlp(layer, x), layer.mlp_norm)
+        return x if self._weights.final_norm is None else self._norm(x, self._weights.final_norm)
+
+    def _attention(
+        self,
+        index: int,
+        layer: LayerWeights,
+        x: Tensor,
+        rotation: tuple[Tensor, Tensor] | None,
+        attention: Attention,
+    ) -> Tensor:
+        spec = self.spec
+        heads = _linear(x, layer.qkv)
+        heads = heads.view(len(x), spec.num_heads + 2 * spec.num_kv_heads, spec.head_dim)
+        q, k, v = heads.split((spec.num_heads, spec.num_kv_heads, spec.num_kv_heads), dim=1)
+        if layer.q_norm is not None and layer.k_norm is not None:
+            q, k = rms_norm(q, layer.q_norm, spec.norm_eps), rms_norm(k, layer.k_norm, spec.norm_eps)
+        if rotation is not None:
+            rotary_(q, k, *rotation)
+        attention.store(index, k, v)
+        out = attention.attend(index, q, sliding_window=spec.sliding_windows[index])
+        return _linear(out.view(len(x), -1), layer.out)
+
+    def _mlp(self, layer: LayerWeights, x: Tensor) -> Tensor:
+        up = _linear(x, layer.up)
+        if not self.spec.gated_mlp:
+            up = self._activation(up)
+        elif self.spec.activation == "silu":
+            up = silu_and_mul(up)
+        else:
+            gate, up = up.chunk(2, dim=-1)
+            up = self._activation(gate) * up
+        return _linear(up, layer.down)
+
+    def _norm(self, x: Tensor, norm: Norm) -> Tensor:
+        if self.spec.rms_norm:
+            assert norm.weight is not None
+            return rms_norm(x, norm.weight, self.spec.norm_eps)
+        return F.layer_norm(x, x.shape[-1:], norm.weight, norm.bias, self.spec.norm_eps)
+
+    def _add_norm(self, x: Tensor, residual: Tensor, norm: Norm) -> Tensor:
+        """Add x to `residual` in place and return the norm of the sum."""
+        if self.spec.rms_norm:
+            assert norm.weight is not None
+            return fused_add_rms_norm(x, residual, norm.weight, self.spec.norm_eps)
+        residual += x
+        return self._norm(residual, norm)
