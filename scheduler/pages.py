@@ -119,6 +119,13 @@ class PagePool:
         self.release((page,))
         return twin
 
+    def withdraw(self, pages: Iterable[int]) -> None:
+        """Take back what was published of these held pages; other holders keep them."""
+        for page in pages:
+            assert self._refs[page] > 0, f"page {page} is not held"
+            if page in self._digests:
+                del self._published[self._digests.pop(page)]
+
     def forget(self) -> None:
         """Withdraw everything published. Cached pages become free; held ones stay with their holders."""
         self._free.extend(reversed(self._cached))

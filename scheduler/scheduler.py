@@ -65,7 +65,7 @@ class Scheduler:
     Invariants (`check_integrity`):
         only running sequences hold pages, and these cover their computed tokens;
         `_waiting` and `_running` are sorted by order;
-        with prefix caching, every page that a running sequence has filled is published (until a reset).
+        with prefix caching, every page that a running sequence has filled was published under its digest.
     """
 
     def __init__(
@@ -338,12 +338,15 @@ class Scheduler:
             seq.state = "waiting"
             insort(self._waiting, seq, key=_order)
 
-    def finish(self, key: int) -> None:
+    def finish(self, key: int, *, keep_pages: bool = True) -> None:
         """Forget a sequence, ended or cancelled, whatever its state. Its full pages stay as cached prefixes.
 
-        Raises KeyError if there is no such sequence.
+        With `keep_pages` false they are withdrawn instead: for a sequence whose keys and values are suspect,
+        say because they gave NaN. Raises KeyError if there is no such sequence.
         """
         seq = self._sequences.pop(key)
+        if not keep_pages and seq.state == "running":
+            self._withdraw(seq)
         if seq.state == "held back":
             followers = self._held_back[seq.leader]
             followers.remove(seq)
@@ -354,6 +357,13 @@ class Scheduler:
             del queue[bisect_left(queue, seq.order, key=_order)]
         self._give_up_pages(seq)
         self._release_followers(key)
+
+    def _withdraw(self, suspect: _Sequence) -> None:
+        for seq in self._running:
+            # Shared pages are a common head, so whoever shares any shares the first, and rests on it.
+            if seq is suspect or seq.pages[0] == suspect.pages[0]:
+                self._pool.withdraw(seq.pages)
+                seq.publishes = False
 
     def reset_prefix_cache(self) -> None:
         """Forget every cached prefix, say because the weights changed. Running sequences go on.
