@@ -1,0 +1,1 @@
+"""Benchmarks of HybridGen, and the training of the small model that ships with it."""

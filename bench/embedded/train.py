@@ -1,0 +1,184 @@
+"""Trains the embedded model from scratch: `python -m bench.embedded.train --state FOLDER`. Runs on CPU or GPU.
+
+Stopped at any moment and started again with the same command, it goes on from the last state saved (every minute,
+and on SIGTERM). `bench.embedded.export` turns a state into a Hugging Face checkpoint.
+"""
+
+import argparse
+import os
+import signal
+import time
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+
+import torch
+import torch.nn.functional as F
+from tokenizers import Tokenizer
+from torch import Tensor
+
+from bench.embedded.model import Llama, ModelShape
+from bench.embedded.rows import Batch, RowMaker
+
+SAVE_SECONDS = 60.0
+LOG_STEPS = 25
+WARMUP_STEPS = 40
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """A part of the run. The learning rate goes linearly from `rates[0]` to `rates[1]` over its tokens."""
+
+    name: str
+    million_tokens: float
+    rows: int
+    length: int
+    rates: tuple[float, float]
+    mix: Mapping[str, float]
+    random_tokens: int = 2048  # the token games draw from the ids below this
+    skip: float = 0.0  # share of rows whose positions jump
+    queries: int = 0  # > 0: only the last so many tokens of a row get gradients; the others are only read
+    long_share: float = 0.0  # share of steps that take instead one row of `long_length`
+    long_length: int = field(default=0)
+
+
+GAMES = {"repeat": 0.5, "pairs": 0.5}
+
+STAGES = (
+    Stage("induction", 2.0, 32, 64, (4e-3, 4e-3), GAMES, random_tokens=149),
+    Stage("vocabulary", 3.0, 32, 64, (4e-3, 4e-3), GAMES),
+)
+
+
+def optimizers(model: Llama) -> list[torch.optim.Optimizer]:
+    """Muon for the matrices inside the layers, AdamW for the embedding and the norms."""
+    matrices = [p for name, p in model.named_parameters() if p.dim() == 2 and name.startswith("layers.")]
+    others = [p for name, p in model.named_parameters() if p.dim() != 2 or not name.startswith("layers.")]
+    return [
+        torch.optim.Muon(matrices, momentum=0.95, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(others, betas=(0.9, 0.95), weight_decay=0.0),
+    ]
+
+
+def loss_and_hits(model: Llama, batch: Batch, queries: int) -> tuple[Tensor, Tensor]:
+    """The weighted mean loss, and the share of full-weight targets that are the most likely token."""
+    ids, targets, positions, weights = batch.ids[:, :-1], batch.ids[:, 1:], batch.positions, batch.weights
+    past = None
+    if queries:
+        split = ids.shape[1] - queries
+        with torch.no_grad():
+            _, past = model(ids[:, :split], positions[:, :split])
+        ids, targets = ids[:, split:], targets[:, split:]
+        positions, weights = positions[:, split:], weights[:, split:]
+    hidden, _ = model(ids, positions, past)
+    chosen = weights > 0  # the output head is a third of the work: skip targets that do not count
+    logits = model.logits(hidden[chosen]).float()
+    weight, target = weights[chosen], targets[chosen]
+    losses = F.cross_entropy(logits, target, reduction="none")
+    full = weight == 1.0
+    hits = (logits.detach().argmax(-1) == target)[full].float().mean()
+    return (losses * weight).sum() / weight.sum(), hits
+
+
+class Trainer:
+    """Model, optimizers, and how far each stage has come. `state` is where all of it is kept between runs."""
+
+    def __init__(self, state: Path, tokenizer: Tokenizer, device: str) -> None:
+        self.path = state / "state.pt"
+        self.device = device
+        self.tokenizer = tokenizer
+        torch.manual_seed(0)
+        self.model = Llama(ModelShape(vocab_size=tokenizer.get_vocab_size())).to(device)
+        self.optimizers = optimizers(self.model)
+        self.tokens_done: dict[str, int] = {}
+        self.seconds = 0.0
+        self.stopping = False
+        if self.path.exists():
+            saved = torch.load(self.path, weights_only=True)
+            self.model.load_state_dict(saved["model"])
+            for optimizer, kept in zip(self.optimizers, saved["optimizers"], strict=True):
+                optimizer.load_state_dict(kept)
+            self.tokens_done, self.seconds = saved["tokens_done"], saved["seconds"]
+        state.mkdir(parents=True, exist_ok=True)
+
+    def save(self) -> None:
+        part = self.path.with_suffix(".part")
+        torch.save(
+            {
+                "model": self.model.state_dict(),
+                "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
+                "tokens_done": self.tokens_done,
+                "seconds": self.seconds,
+            },
+            part,
+        )
+        os.replace(part, self.path)
+
+    def stop(self, signum: int, frame: FrameType | None) -> None:
+        self.stopping = True
+
+    def step(self, batch: Batch, queries: int, rate: float) -> tuple[float, float]:
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+        batch = Batch(
+            batch.ids.to(self.device), batch.weights.to(self.device), batch.positions.to(self.device)
+        )
+        with torch.autocast(self.device, torch.bfloat16):
+            loss, hits = loss_and_hits(self.model, batch, queries)
+        loss.backward()  # type: ignore[no-untyped-call]
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        for optimizer in self.optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        return loss.item(), hits.item()
+
+    def run(self, stage: Stage) -> None:
+        total = int(stage.million_tokens * 1e6)
+        done = self.tokens_done.setdefault(stage.name, 0)
+        maker = RowMaker(self.tokenizer, seed=zlib.crc32(f"{stage.name}/{done}".encode()))
+        maker.random_tokens = stage.random_tokens
+        steps, losses, hits, window = 0, 0.0, 0.0, 0
+        began = saved_at = logged_at = time.monotonic()
+        while done < total and not self.stopping:
+            rows, length, queries = stage.rows, stage.length, stage.queries
+            if maker.rng.random() < stage.long_share:
+                rows, length = 1, stage.long_length
+            begin, end = stage.rates
+            rate = (begin + (end - begin) * done / total) * min(1.0, (steps + 1) / WARMUP_STEPS)
+            loss, hit = self.step(maker.batch(stage.mix, rows, length, stage.skip), queries, rate)
+            steps, losses, hits, window = steps + 1, losses + loss, hits + hit, window + rows * length
+            done += rows * length
+            self.tokens_done[stage.name] = done
+            now = time.monotonic()
+            if steps % LOG_STEPS == 0:
+                print(
+                    f"{time.strftime('%H:%M:%S')} {stage.name} {done / 1e6:.2f}M loss {losses / LOG_STEPS:.3f} "
+                    f"hits {hits / LOG_STEPS:.3f} {window / (now - logged_at):.0f} tok/s",
+                    flush=True,
+                )
+                losses, hits, window, logged_at = 0.0, 0.0, 0, now
+            if now - saved_at > SAVE_SECONDS or self.stopping or done >= total:
+                self.seconds += now - began
+                began = saved_at = now
+                self.save()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--state", type=Path, default=Path("build/embedded"))
+    parser.add_argument("--tokenizer", type=Path, default=Path("configs/embedded/tokenizer.json"))
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    options = parser.parse_args()
+    trainer = Trainer(options.state, Tokenizer.from_file(str(options.tokenizer)), options.device)
+    signal.signal(signal.SIGTERM, trainer.stop)
+    signal.signal(signal.SIGINT, trainer.stop)
+    for stage in STAGES:
+        if trainer.tokens_done.get(stage.name, 0) < stage.million_tokens * 1e6 and not trainer.stopping:
+            trainer.run(stage)
+
+
+if __name__ == "__main__":
+    main()
