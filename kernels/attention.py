@@ -1,0 +1,305 @@
+"""Attention over paged KV on the CPU: decode and extend (chunked prefill, prefix hits) in one exact kernel.
+
+Keys are read in blocks of 512 tokens at absolute positions; each block is attended with its own maximum and the
+blocks are merged from left to right, as in FlashAttention (arXiv 2205.14135) and Flash-Decoding. A row's result
+therefore depends on its own query and keys only: not on the number of threads, the other sequences of the batch or
+the way the prompt was cut into chunks, bit for bit.
+
+Arithmetic is float32. Softmax weights have a relative error of 3e-7 (`avx512_bf16` with bfloat16 KV: 3e-6, and each
+weight is rounded to bfloat16 for its product with V, 2^-9, as the dtype of the output is).
+
+The C++ side is in csrc/: `attend_inl.h` is the algorithm, `pool.h` the threads, `step.h` the sharing-out of work.
+"""
+
+import mmap
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Literal, Self, overload
+
+import torch
+from torch import Tensor
+
+from hybridgen.kernels import _cpu
+from hybridgen.kernels.isa import select_isa
+
+HUGE_PAGE_BYTES = 2 << 20
+GROUP_TOKENS = 16  # tokens whose dim pairs lie side by side in a K page
+MAX_HEAD_DIM = 512
+
+DTYPE_NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
+
+
+@dataclass(frozen=True, slots=True)
+class KVLayout:
+    """Shape of a KV page. A page holds `page_size` tokens of one sequence, for all layers and KV heads.
+
+    K and V are two tensors with the page first, so that they can be placed apart. K keeps the dim pairs of 16
+    tokens side by side and V the dims of token pairs: what a dot-product instruction takes from memory as it is.
+    """
+
+    num_layers: int
+    num_kv_heads: int
+    head_dim: int  # even, up to 512
+    page_size: int  # tokens; a multiple of 16
+    dtype: torch.dtype  # float32, bfloat16 or float16
+
+    def __post_init__(self) -> None:
+        if self.dtype not in DTYPE_NAMES:
+            raise ValueError(f"KV dtype {self.dtype} is not one of {', '.join(DTYPE_NAMES.values())}")
+        if self.num_layers < 1 or self.num_kv_heads < 1:
+            raise ValueError(f"{self.num_layers} layers of {self.num_kv_heads} KV heads hold no KV")
+        if self.head_dim < 2 or self.head_dim % 2 or self.head_dim > MAX_HEAD_DIM:
+            raise ValueError(f"head_dim {self.head_dim} is not an even number up to {MAX_HEAD_DIM}")
+        if self.page_size < GROUP_TOKENS or self.page_size % GROUP_TOKENS:
+            raise ValueError(f"page_size {self.page_size} is not a multiple of {GROUP_TOKENS}")
+
+    def k_shape(self, num_pages: int) -> tuple[int, int, int, int, int, int, int]:
+        """[num_pages, num_layers, num_kv_heads, page_size / 16, head_dim / 2, 16, 2]"""
+        groups = self.page_size // GROUP_TOKENS
+        return (num_pages, self.num_layers, self.num_kv_heads, groups, self.head_dim // 2, GROUP_TOKENS, 2)
+
+    def v_shape(self, num_pages: int) -> tuple[int, int, int, int, int, int]:
+        """[num_pages, num_layers, num_kv_heads, page_size / 2, head_dim, 2]"""
+        return (num_pages, self.num_layers, self.num_kv_heads, self.page_size // 2, self.head_dim, 2)
+
+    @property
+    def page_bytes(self) -> int:
+        """K and V together."""
+        elements = self.num_layers * self.num_kv_heads * self.head_dim * self.page_size
+        return 2 * elements * self.dtype.itemsize
+
+
+def allocate_pages(layout: KVLayout, num_pages: int) -> tuple[Tensor, Tensor]:
+    """Zeroed K and V pages. Memory is taken from the system page by page as it is written, in huge pages where
+    the system grants them, so a large cache costs nothing at start-up.
+
+    Raises:
+        OSError: the address space or the overcommit limit does not allow it.
+    """
+    return (
+        _map_zeros(layout.k_shape(num_pages), layout.dtype),
+        _map_zeros(layout.v_shape(num_pages), layout.dtype),
+    )
+
+
+def _map_zeros(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    count = 1
+    for size in shape:
+        count *= size
+    if count == 0:
+        return torch.zeros(shape, dtype=dtype)
+    region = mmap.mmap(-1, count * dtype.itemsize + HUGE_PAGE_BYTES)
+    region.madvise(mmap.MADV_HUGEPAGE)
+    # The tensor keeps the mapping alive; skip to the first huge-page boundary in it.
+    whole = torch.frombuffer(region, dtype=torch.uint8)
+    skipped = -whole.data_ptr() % HUGE_PAGE_BYTES
+    return whole[skipped : skipped + count * dtype.itemsize].view(dtype).view(shape)
+
+
+class AttentionPool:
+    """Threads that attend, one pinned to each CPU, asleep between jobs; the calling thread is one of the workers.
+
+    Jobs of one pool run one after another, whichever threads submit them. After a fork the child's pool works in
+    the calling thread alone. `close` (or the end of a `with` block) ends the threads.
+
+    Args:
+        num_threads: including the caller; default: one for each of `cpus`.
+        cpus: where to pin; default: the CPUs this process may use, which a cgroup's cpuset limits.
+        isa: `scalar`, `avx512`, `avx512_bf16`; default: HYBRIDGEN_CPU_ISA, else the fastest supported.
+    """
+
+    def __init__(
+        self, num_threads: int | None = None, *, cpus: Sequence[int] | None = None, isa: str | None = None
+    ) -> None:
+        allowed = sorted(os.sched_getaffinity(0)) if cpus is None else list(cpus)
+        if not allowed:
+            raise ValueError("a pool needs at least one CPU")
+        if num_threads is None:
+            num_threads = len(allowed)
+        if num_threads < 1:
+            raise ValueError(f"num_threads is {num_threads}; a pool needs at least 1")
+        # More threads than CPUs share them in turn; useful to nobody but tests.
+        self.cpus = tuple(allowed[i % len(allowed)] for i in range(num_threads))
+        self.num_threads = num_threads
+        self.isa = select_isa(isa)
+        self.handle = _cpu.Pool(self.cpus, self.isa)
+
+    def close(self) -> None:
+        """End the threads; what is submitted afterwards runs in the calling thread."""
+        self.handle.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+class AttentionStep:
+    """The attention of one forward pass: built once, then `store` and `attend` for each layer.
+
+    Sequence s has the query rows `[query_begin[s], query_begin[s + 1])`, which are the last of its `kv_len[s]`
+    tokens. Its keys lie in the pages of `block_table[s]`, in token order; entries past its last page are not read.
+
+    Args:
+        k_pages, v_pages: as `allocate_pages` gives them; not copied, and kept alive.
+        query_begin: [num_seqs + 1]
+        kv_len: [num_seqs]  tokens after this step's have been stored; 0 for a sequence without keys.
+        block_table: [num_seqs, max_pages]  page ids.
+        scale: positive; multiplies the logits.
+
+    Raises:
+        ValueError: a length or page id does not fit; nothing was read or written.
+    """
+
+    def __init__(
+        self,
+        pool: AttentionPool,
+        layout: KVLayout,
+        k_pages: Tensor,
+        v_pages: Tensor,
+        *,
+        query_begin: Sequence[int] | Tensor,
+        kv_len: Sequence[int] | Tensor,
+        block_table: Sequence[Sequence[int]] | Tensor,
+        num_heads: int,
+        scale: float,
+    ) -> None:
+        num_pages = k_pages.shape[0]
+        if k_pages.shape != layout.k_shape(num_pages) or v_pages.shape != layout.v_shape(num_pages):
+            raise ValueError(
+                f"pages of shapes {tuple(k_pages.shape)} and {tuple(v_pages.shape)} are not in the layout {layout}"
+            )
+        for pages in (k_pages, v_pages):
+            if pages.dtype != layout.dtype or pages.device.type != "cpu" or not pages.is_contiguous():
+                raise ValueError(f"pages must be contiguous {layout.dtype} in host memory")
+        begins, lens = _int32(query_begin), _int32(kv_len)
+        num_seqs = lens.numel()
+        table = (
+            _int32(block_table).reshape(num_seqs, -1) if num_seqs else torch.zeros(0, 0, dtype=torch.int32)
+        )
+        if begins.numel() != num_seqs + 1:
+            raise ValueError(f"query_begin has {begins.numel()} entries for {num_seqs} sequences")
+        self.num_tokens = int(begins[-1])
+        self.num_heads = num_heads
+        self.layout = layout
+        self.k_pages = k_pages
+        self.v_pages = v_pages
+        self._q_shape = (self.num_tokens, num_heads, layout.head_dim)
+        self._kv_shape = (self.num_tokens, layout.num_kv_heads, layout.head_dim)
+        self._handle = _cpu.Step(
+            pool.handle,
+            layout.num_layers,
+            layout.num_kv_heads,
+            layout.head_dim,
+            layout.page_size,
+            DTYPE_NAMES[layout.dtype],
+            k_pages.data_ptr(),
+            v_pages.data_ptr(),
+            num_pages,
+            num_seqs,
+            begins.data_ptr(),
+            lens.data_ptr(),
+            table.data_ptr(),
+            table.shape[1],
+            num_heads,
+            scale,
+        )
+
+    def store(self, layer: int, k: Tensor, v: Tensor) -> None:
+        """Write this step's keys and values to their slots.
+
+        Args:
+            k, v: [tokens, num_kv_heads, head_dim]; rows may be apart (views of a fused projection).
+        """
+        k_stride = self._row_stride(k, self._kv_shape)
+        v_stride = self._row_stride(v, self._kv_shape)
+        self._handle.store(layer, k.data_ptr(), k_stride, v.data_ptr(), v_stride)
+
+    @overload
+    def attend(
+        self,
+        layer: int,
+        q: Tensor,
+        *,
+        sliding_window: int = 0,
+        soft_cap: float = 0.0,
+        out: Tensor | None = None,
+        return_lse: Literal[False] = False,
+    ) -> Tensor: ...
+
+    @overload
+    def attend(
+        self,
+        layer: int,
+        q: Tensor,
+        *,
+        sliding_window: int = 0,
+        soft_cap: float = 0.0,
+        out: Tensor | None = None,
+        return_lse: Literal[True],
+    ) -> tuple[Tensor, Tensor]: ...
+
+    def attend(
+        self,
+        layer: int,
+        q: Tensor,
+        *,
+        sliding_window: int = 0,
+        soft_cap: float = 0.0,
+        out: Tensor | None = None,
+        return_lse: bool = False,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Attend from each query to the keys at its own and earlier positions.
+
+        Args:
+            q: [tokens, num_heads, head_dim]; rows may be apart.
+            sliding_window: keys that a query sees, its own included; 0: all.
+            soft_cap: logits become `soft_cap * tanh(logit / soft_cap)`; 0: as they are.
+            out: [tokens, num_heads, head_dim] to write to; float32 if `return_lse`, else of q's dtype.
+
+        Returns:
+            out, or (out, lse) as `merge` takes them: out in float32, lse [tokens, num_heads], natural log. A query
+            that sees no key gives out = 0 and lse = -inf.
+        """
+        q_stride = self._row_stride(q, self._q_shape)
+        out_dtype = torch.float32 if return_lse else q.dtype
+        if out is None:
+            out = torch.empty(self._q_shape, dtype=out_dtype)
+        out_stride = self._row_stride(out, self._q_shape, out_dtype)
+        lse = torch.empty(self._q_shape[:2], dtype=torch.float32) if return_lse else None
+        self._handle.attend(
+            layer,
+            q.data_ptr(),
+            q_stride,
+            out.data_ptr(),
+            out_stride,
+            return_lse,
+            lse.data_ptr() if lse is not None else 0,
+            sliding_window,
+            soft_cap,
+        )
+        return out if lse is None else (out, lse)
+
+    def _row_stride(self, rows: Tensor, shape: tuple[int, int, int], dtype: torch.dtype | None = None) -> int:
+        row, head, dim = rows.stride() if rows.dim() == 3 else (0, 0, 0)
+        # A dimension of one element may carry any stride.
+        packed = dim == 1 and (head == shape[2] or shape[1] == 1)
+        if (
+            rows.shape != shape
+            or rows.dtype != (dtype or self.layout.dtype)
+            or not (packed or rows.numel() == 0)
+        ):
+            raise ValueError(
+                f"expected {dtype or self.layout.dtype} {shape} with packed heads, "
+                f"got {rows.dtype} {tuple(rows.shape)} with strides {rows.stride()}"
+            )
+        return row
+
+
+def _int32(values: Sequence[int] | Sequence[Sequence[int]] | Tensor) -> Tensor:
+    return torch.as_tensor(values, dtype=torch.int32, device="cpu").contiguous()

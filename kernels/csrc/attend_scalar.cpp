@@ -1,0 +1,96 @@
+// The portable path: complete, and what every other path is tested against.
+
+#include <cstddef>
+#include <cstdint>
+
+#include "attend.h"
+
+namespace hybridgen {
+namespace {
+
+#include "element.h"
+#include "attend_inl.h"
+#include "rows_inl.h"
+
+template <class T>
+struct ScalarOps {
+  using Element = T;
+  using Query = float;
+  static constexpr int kVectorPairs = 16;
+  static constexpr int kRows = 1;
+  static constexpr int kVectors = 1;
+
+  struct Acc {
+    float sum[kVectorPairs];
+  };
+  struct Pairs {
+    float even[kVectorPairs];
+    float odd[kVectorPairs];
+  };
+  struct Broadcast {
+    float even;
+    float odd;
+  };
+
+  static Pairs load(const Element* p) { return load_tail(p, kVectorPairs); }
+  static Pairs load_tail(const Element* p, int num_pairs) {
+    Pairs pairs = {};
+    for (int i = 0; i < num_pairs; ++i) {
+      pairs.even[i] = to_float(p[2 * i]);
+      pairs.odd[i] = to_float(p[2 * i + 1]);
+    }
+    return pairs;
+  }
+  static Pairs keep(Pairs pairs, bool even, bool odd) {
+    for (int i = 0; i < kVectorPairs; ++i) {
+      if (!even) pairs.even[i] = 0.0f;
+      if (!odd) pairs.odd[i] = 0.0f;
+    }
+    return pairs;
+  }
+  static Broadcast broadcast(const Query* p) { return {p[0], p[1]}; }
+  static void multiply_add(Acc& acc, const Pairs& pairs, Broadcast pair) {
+    for (int i = 0; i < kVectorPairs; ++i) {
+      acc.sum[i] += pairs.even[i] * pair.even;
+      acc.sum[i] += pairs.odd[i] * pair.odd;
+    }
+  }
+  static void store(const Acc& acc, float* out, int num) {
+    for (int i = 0; i < num; ++i) out[i] = acc.sum[i];
+  }
+  static void prefetch(const void*) {}
+
+  static void pack(const Element* row, int head_dim, Query* q) {
+    for (int i = 0; i < head_dim; ++i) q[i] = to_float(row[i]);
+  }
+
+  static void softmax(float* scores, int begin, int end, int num, float scale, float soft_cap, float& maximum,
+                      float& sum) {
+    constexpr float kLog2E = 1.44269504088896f;
+    maximum = -__builtin_inff();
+    sum = 0.0f;
+    for (int i = begin; i < end; ++i) {
+      float logit = scores[i] * scale;
+      if (soft_cap > 0.0f) logit = soft_cap * __builtin_tanhf(logit / soft_cap);
+      scores[i] = logit * kLog2E;
+      if (scores[i] > maximum) maximum = scores[i];
+    }
+    for (int i = 0; i < num; ++i) {
+      const bool visible = begin <= i && i < end;
+      scores[i] = visible ? __builtin_exp2f(scores[i] - maximum) : 0.0f;
+      sum += scores[i];
+    }
+  }
+};
+
+}  // namespace
+
+extern const Kernels kScalarKernels = {
+    {attend<ScalarOps<float>>, attend<ScalarOps<BFloat16>>, attend<ScalarOps<Float16>>},
+    {fold<ScalarOps<float>>, fold<ScalarOps<BFloat16>>, fold<ScalarOps<Float16>>},
+    {rms_norm<float>, rms_norm<BFloat16>, rms_norm<Float16>},
+    {rotary<float>, rotary<BFloat16>, rotary<Float16>},
+    {silu_and_mul<float>, silu_and_mul<BFloat16>, silu_and_mul<Float16>},
+};
+
+}  // namespace hybridgen

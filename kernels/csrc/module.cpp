@@ -1,0 +1,161 @@
+// The Python module. Tensors cross as addresses: shapes and dtypes were checked by the wrappers in kernels/*.py.
+
+#include <nanobind/nanobind.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
+
+#include <mutex>
+#include <stdexcept>
+
+#include "isa.h"
+#include "pool.h"
+#include "step.h"
+
+namespace nb = nanobind;
+
+namespace hybridgen {
+namespace {
+
+template <class T>
+T* pointer(uintptr_t address) {
+  return reinterpret_cast<T*>(address);
+}
+
+Dtype dtype_of(const std::string& name) {
+  if (name == "float32") return Dtype::float32;
+  if (name == "bfloat16") return Dtype::bfloat16;
+  if (name == "float16") return Dtype::float16;
+  throw std::invalid_argument("no kernel for dtype " + name);
+}
+
+constexpr int32_t kRowsPerItem = 32;
+constexpr int64_t kAloneBytes = 512 << 10;
+
+// Rows in the calling thread, or over the pool when they are many.
+void run_rows(Pool* pool, RowsFn fn, const RowsTask& task, int64_t rows, int64_t row_bytes) {
+  if (pool == nullptr || rows * row_bytes < kAloneBytes) return fn(task, 0, rows);
+  struct Call {
+    RowsFn fn;
+    const RowsTask& task;
+    int64_t rows;
+  };
+  const Call call{fn, task, rows};
+  std::lock_guard<std::mutex> lock(pool->mutex);
+  pool->run(
+      static_cast<int32_t>((rows + kRowsPerItem - 1) / kRowsPerItem),
+      [](const void* context, int32_t item, std::byte*) {
+        const Call& c = *static_cast<const Call*>(context);
+        const int64_t begin = int64_t{item} * kRowsPerItem;
+        c.fn(c.task, begin, begin + kRowsPerItem < c.rows ? begin + kRowsPerItem : c.rows);
+      },
+      &call, 0, false);
+}
+
+struct Rows {  // the row-wise operations of one ISA and dtype
+  Rows(const std::string& isa, const std::string& dtype)
+      : kernels(find_kernels(isa)), dtype(static_cast<int>(dtype_of(dtype))), bytes(dtype_bytes(dtype_of(dtype))) {}
+
+  void rms_norm(Pool* pool, int64_t rows, int64_t n, uintptr_t x, int64_t x_stride, uintptr_t residual,
+                int64_t residual_stride, uintptr_t weight, float eps, uintptr_t out, int64_t out_stride) const {
+    RowsTask task{};
+    task.x = pointer<void>(x);
+    task.x_stride = x_stride;
+    task.residual = pointer<void>(residual);
+    task.residual_stride = residual_stride;
+    task.weight = pointer<void>(weight);
+    task.out = pointer<void>(out);
+    task.out_stride = out_stride;
+    task.n = n;
+    task.eps = eps;
+    run_rows(pool, kernels.rms_norm[dtype], task, rows, 2 * n * bytes);
+  }
+
+  void rotary(Pool* pool, int64_t rows, int64_t half, uintptr_t q, int64_t q_stride, int32_t num_heads, uintptr_t k,
+              int64_t k_stride, int32_t num_kv_heads, int32_t head_dim, uintptr_t cos, uintptr_t sin) const {
+    RowsTask task{};
+    task.heads[0] = pointer<void>(q);
+    task.heads[1] = pointer<void>(k);
+    task.heads_stride[0] = q_stride;
+    task.heads_stride[1] = k_stride;
+    task.num_heads[0] = num_heads;
+    task.num_heads[1] = num_kv_heads;
+    task.head_dim = head_dim;
+    task.cos = pointer<float>(cos);
+    task.sin = pointer<float>(sin);
+    task.n = half;
+    run_rows(pool, kernels.rotary[dtype], task, rows, int64_t{num_heads + num_kv_heads} * head_dim * bytes);
+  }
+
+  void silu_and_mul(Pool* pool, int64_t rows, int64_t n, uintptr_t x, int64_t x_stride, uintptr_t out,
+                    int64_t out_stride) const {
+    RowsTask task{};
+    task.x = pointer<void>(x);
+    task.x_stride = x_stride;
+    task.out = pointer<void>(out);
+    task.out_stride = out_stride;
+    task.n = n;
+    run_rows(pool, kernels.silu_and_mul[dtype], task, rows, 3 * n * bytes);
+  }
+
+  const Kernels& kernels;
+  int dtype;
+  int64_t bytes;
+};
+
+}  // namespace
+
+NB_MODULE(_cpu, m) {
+  m.doc() = "Attention over paged KV and row-wise operations on the CPU; wrapped by kernels/attention.py and ops.py.";
+  m.def("supported_isas", &supported_isas);
+
+  nb::class_<Pool>(m, "Pool")
+      .def(
+          "__init__",
+          [](Pool* self, const std::vector<int>& cpus, const std::string& isa) {
+            new (self) Pool(cpus, find_kernels(isa));
+          },
+          nb::arg("cpus"), nb::arg("isa"))
+      .def_prop_ro("num_threads", &Pool::num_threads)
+      .def("close", &Pool::close, nb::call_guard<nb::gil_scoped_release>());
+
+  nb::class_<Step>(m, "Step")
+      .def(
+          "__init__",
+          [](Step* self, Pool& pool, int32_t num_layers, int32_t num_kv_heads, int32_t head_dim, int32_t page_size,
+             const std::string& dtype, uintptr_t k_pages, uintptr_t v_pages, int64_t num_pages, int32_t num_seqs,
+             uintptr_t query_begin, uintptr_t kv_len, uintptr_t block_table, int64_t max_pages, int32_t num_heads,
+             float scale) {
+            new (self) Step(pool, Layout{num_layers, num_kv_heads, head_dim, page_size, dtype_of(dtype)},
+                            pointer<std::byte>(k_pages), pointer<std::byte>(v_pages), num_pages, num_seqs,
+                            pointer<int32_t>(query_begin), pointer<int32_t>(kv_len), pointer<int32_t>(block_table),
+                            max_pages, num_heads, scale);
+          },
+          nb::keep_alive<1, 2>())
+      .def(
+          "store",
+          [](Step& self, int32_t layer, uintptr_t k, int64_t k_stride, uintptr_t v, int64_t v_stride) {
+            self.store(layer, pointer<std::byte>(k), k_stride, pointer<std::byte>(v), v_stride);
+          },
+          nb::call_guard<nb::gil_scoped_release>())
+      .def(
+          "attend",
+          [](Step& self, int32_t layer, uintptr_t q, int64_t q_stride, uintptr_t out, int64_t out_stride,
+             bool out_float32, uintptr_t lse, int32_t sliding_window, float soft_cap) {
+            self.attend(layer, pointer<std::byte>(q), q_stride, pointer<std::byte>(out), out_stride, out_float32,
+                        pointer<float>(lse), sliding_window, soft_cap);
+          },
+          nb::call_guard<nb::gil_scoped_release>());
+
+  nb::class_<Rows>(m, "Rows")
+      .def(nb::init<const std::string&, const std::string&>(), nb::arg("isa"), nb::arg("dtype"))
+      .def("rms_norm", &Rows::rms_norm, nb::arg("pool").none(), nb::arg("rows"), nb::arg("n"), nb::arg("x"),
+           nb::arg("x_stride"), nb::arg("residual"), nb::arg("residual_stride"), nb::arg("weight"), nb::arg("eps"),
+           nb::arg("out"), nb::arg("out_stride"), nb::call_guard<nb::gil_scoped_release>())
+      .def("rotary", &Rows::rotary, nb::arg("pool").none(), nb::arg("rows"), nb::arg("half"), nb::arg("q"),
+           nb::arg("q_stride"), nb::arg("num_heads"), nb::arg("k"), nb::arg("k_stride"), nb::arg("num_kv_heads"),
+           nb::arg("head_dim"), nb::arg("cos"), nb::arg("sin"), nb::call_guard<nb::gil_scoped_release>())
+      .def("silu_and_mul", &Rows::silu_and_mul, nb::arg("pool").none(), nb::arg("rows"), nb::arg("n"), nb::arg("x"),
+           nb::arg("x_stride"), nb::arg("out"), nb::arg("out_stride"), nb::call_guard<nb::gil_scoped_release>());
+}
+
+}  // namespace hybridgen

@@ -1,0 +1,299 @@
+#include "step.h"
+
+#include <algorithm>
+#include <cstring>
+#include <mutex>
+#include <stdexcept>
+#include <string>
+
+namespace hybridgen {
+namespace {
+
+// Waking a thread costs some microseconds: below this, the submitter is done before the others are there.
+constexpr double kAloneSeconds = 10e-6;
+constexpr double kBytesPerSecond = 15e9;  // of one thread, rough
+constexpr double kFlopsPerSecond = 80e9;
+
+constexpr int32_t kStoreTokens = 64;  // to one item
+constexpr int32_t kSmallRows = 16;    // up to here a tile is cut into single blocks: its time is that of reading KV
+constexpr int64_t kMaxPartialFloats = int64_t{16} << 20;
+
+int32_t ceil_div(int32_t a, int32_t b) { return (a + b - 1) / b; }
+
+std::string at(int32_t seq) { return " (sequence " + std::to_string(seq) + ")"; }
+
+template <class Pair, class Element>
+void store_head(const std::byte* k, const std::byte* v, std::byte* k_page, std::byte* v_page, int32_t head_dim,
+                int32_t offset) {
+  const int32_t half = head_dim / 2;
+  std::byte* k_out = k_page + (int64_t{offset / kGroupTokens} * half * kGroupTokens + offset % kGroupTokens) *
+                                  static_cast<int64_t>(sizeof(Pair));
+  for (int32_t i = 0; i < half; ++i) {
+    std::memcpy(k_out + i * kGroupTokens * sizeof(Pair), k + i * sizeof(Pair), sizeof(Pair));
+  }
+  std::byte* v_out = v_page + (int64_t{offset / 2} * head_dim * 2 + offset % 2) * static_cast<int64_t>(sizeof(Element));
+  for (int32_t i = 0; i < head_dim; ++i) {
+    std::memcpy(v_out + 2 * i * sizeof(Element), v + i * sizeof(Element), sizeof(Element));
+  }
+}
+
+}  // namespace
+
+Step::Step(Pool& pool, const Layout& layout, std::byte* k_pages, std::byte* v_pages, int64_t num_pages,
+           int32_t num_seqs, const int32_t* query_begin, const int32_t* kv_len, const int32_t* block_table,
+           int64_t max_pages, int32_t num_heads, float scale)
+    : pool_(pool),
+      layout_(layout),
+      k_pages_(k_pages),
+      v_pages_(v_pages),
+      num_heads_(num_heads),
+      scale_(scale),
+      query_begin_(query_begin, query_begin + num_seqs + 1),
+      kv_len_(kv_len, kv_len + num_seqs) {
+  if (layout.page_size <= 0 || layout.page_size % kGroupTokens != 0) {
+    throw std::invalid_argument("page_size " + std::to_string(layout.page_size) + " is not a multiple of 16");
+  }
+  if (layout.head_dim <= 0 || layout.head_dim % 2 != 0 || layout.head_dim > kMaxHeadDim) {
+    throw std::invalid_argument("head_dim " + std::to_string(layout.head_dim) + " is not an even number up to 512");
+  }
+  if (num_heads <= 0 || num_heads % layout.num_kv_heads != 0) {
+    throw std::invalid_argument(std::to_string(num_heads) + " query heads do not share " +
+                                std::to_string(layout.num_kv_heads) + " KV heads evenly");
+  }
+  if (!(scale > 0.0f)) throw std::invalid_argument("scale must be positive");
+  if (query_begin_[0] != 0) throw std::invalid_argument("query_begin must begin with 0");
+  for (int32_t seq = 0; seq < num_seqs; ++seq) {
+    const int32_t num_queries = query_begin_[seq + 1] - query_begin_[seq];
+    if (num_queries < 0) throw std::invalid_argument("query_begin must not decrease" + at(seq));
+    if (kv_len_[seq] < 0) throw std::invalid_argument("kv_len must not be negative" + at(seq));
+    const int32_t used = ceil_div(kv_len_[seq], layout.page_size);
+    if (used > max_pages) {
+      throw std::invalid_argument("kv_len " + std::to_string(kv_len_[seq]) + " needs " + std::to_string(used) +
+                                  " pages but block_table has " + std::to_string(max_pages) + at(seq));
+    }
+    const int32_t* pages = block_table + seq * max_pages;
+    for (int32_t i = 0; i < used; ++i) {
+      if (pages[i] < 0 || pages[i] >= num_pages) {
+        throw std::invalid_argument("page " + std::to_string(pages[i]) + " is not in [0, " + std::to_string(num_pages) +
+                                    ")" + at(seq));
+      }
+    }
+    table_begin_.push_back(static_cast<int64_t>(block_table_.size()));
+    block_table_.insert(block_table_.end(), pages, pages + used);
+    for (int32_t i = 0; i < num_queries; ++i) {
+      const int32_t position = kv_len_[seq] - num_queries + i;
+      slots_.push_back(position < 0 ? -1
+                                    : int64_t{pages[position / layout.page_size]} * layout.page_size +
+                                          position % layout.page_size);
+    }
+  }
+}
+
+void Step::check_layer(int32_t layer) const {
+  if (layer < 0 || layer >= layout_.num_layers) {
+    throw std::invalid_argument("layer " + std::to_string(layer) + " is not in [0, " +
+                                std::to_string(layout_.num_layers) + ")");
+  }
+}
+
+void Step::store_tokens(int32_t layer, const std::byte* k, int64_t k_stride, const std::byte* v, int64_t v_stride,
+                        int32_t begin, int32_t end) const {
+  const int64_t bytes = dtype_bytes(layout_.dtype);
+  const int64_t head_bytes = layout_.head_elements() * bytes;
+  const int64_t layer_bytes = head_bytes * layout_.num_kv_heads * layer;
+  for (int32_t token = begin; token < end; ++token) {
+    if (slots_[token] < 0) continue;
+    const int64_t page = slots_[token] / layout_.page_size * layout_.page_elements() * bytes + layer_bytes;
+    const auto offset = static_cast<int32_t>(slots_[token] % layout_.page_size);
+    for (int32_t head = 0; head < layout_.num_kv_heads; ++head) {
+      const std::byte* k_in = k + (token * k_stride + int64_t{head} * layout_.head_dim) * bytes;
+      const std::byte* v_in = v + (token * v_stride + int64_t{head} * layout_.head_dim) * bytes;
+      std::byte* k_out = k_pages_ + page + head * head_bytes;
+      std::byte* v_out = v_pages_ + page + head * head_bytes;
+      if (bytes == 4) {
+        store_head<uint64_t, uint32_t>(k_in, v_in, k_out, v_out, layout_.head_dim, offset);
+      } else {
+        store_head<uint32_t, uint16_t>(k_in, v_in, k_out, v_out, layout_.head_dim, offset);
+      }
+    }
+  }
+}
+
+void Step::store(int32_t layer, const std::byte* k, int64_t k_stride, const std::byte* v, int64_t v_stride) {
+  check_layer(layer);
+  struct Call {
+    const Step& step;
+    int32_t layer;
+    const std::byte* k;
+    int64_t k_stride;
+    const std::byte* v;
+    int64_t v_stride;
+    int32_t num_tokens;
+  };
+  const Call call{*this, layer, k, k_stride, v, v_stride, static_cast<int32_t>(slots_.size())};
+  const int64_t bytes =
+      int64_t{2} * call.num_tokens * layout_.num_kv_heads * layout_.head_dim * dtype_bytes(layout_.dtype);
+  std::lock_guard<std::mutex> lock(pool_.mutex);
+  pool_.run(
+      ceil_div(call.num_tokens, kStoreTokens),
+      [](const void* context, int32_t item, std::byte*) {
+        const Call& c = *static_cast<const Call*>(context);
+        c.step.store_tokens(c.layer, c.k, c.k_stride, c.v, c.v_stride, item * kStoreTokens,
+                            std::min(c.num_tokens, (item + 1) * kStoreTokens));
+      },
+      &call, 0, bytes < (int64_t{128} << 10));
+}
+
+const Step::Plan& Step::plan(int32_t sliding_window) {
+  for (const auto& plan : plans_) {
+    if (plan->sliding_window == sliding_window) return *plan;
+  }
+  auto plan = std::make_unique<Plan>();
+  plan->sliding_window = sliding_window;
+  const int32_t group = num_heads_ / layout_.num_kv_heads;
+  const int32_t tile_queries = std::max(1, kTileRows / group);
+  for (size_t seq = 0; seq < kv_len_.size(); ++seq) {
+    const int32_t begin = query_begin_[seq];
+    const int32_t end = query_begin_[seq + 1];
+    for (int32_t query = begin; query < end; query += tile_queries) {
+      Tile tile{};
+      tile.seq = static_cast<int32_t>(seq);
+      tile.query = query;
+      tile.num_queries = std::min(tile_queries, end - query);
+      tile.position = kv_len_[seq] - end + query;
+      const int32_t key_end = std::max(0, tile.position + tile.num_queries);
+      const int32_t key_begin = sliding_window > 0 ? std::max(0, tile.position - sliding_window + 1) : 0;
+      tile.block_end = ceil_div(key_end, kBlockTokens);
+      tile.block_begin = std::min(key_begin / kBlockTokens, tile.block_end);
+      tile.partial = -1;
+      plan->tiles.push_back(tile);
+    }
+  }
+
+  // Cutting a tile into blocks changes no bit of its result, so it is a matter of time and memory alone.
+  const bool few = plan->tiles.size() * layout_.num_kv_heads < size_t(4 * pool_.num_threads());
+  double seconds = 0;
+  int64_t floats = 0;
+  int32_t most_rows = 1;
+  for (size_t i = 0; i < plan->tiles.size(); ++i) {
+    Tile& tile = plan->tiles[i];
+    const int32_t rows = tile.num_queries * group;
+    most_rows = std::max(most_rows, rows);
+    const int32_t blocks = tile.block_end - tile.block_begin;
+    const int64_t tile_floats = partial_floats(rows, layout_.head_dim) * blocks;
+    const bool cut = blocks > 1 && pool_.num_threads() > 1 &&
+                     (rows <= kSmallRows || (few && floats + tile_floats * layout_.num_kv_heads < kMaxPartialFloats));
+    tile.pending = 1;
+    const int32_t step = cut ? 1 : std::max(1, blocks);
+    if (cut) {
+      tile.partial = floats;
+      tile.pending = blocks;
+      floats += tile_floats * layout_.num_kv_heads;
+    }
+    const int32_t key_end = tile.position + tile.num_queries;
+    for (int32_t block = tile.block_begin; block == tile.block_begin || block < tile.block_end; block += step) {
+      const int32_t block_end = std::min(block + step, tile.block_end);
+      const double keys = std::max(0, std::min(key_end, block_end * kBlockTokens) - block * kBlockTokens);
+      const double bytes = 2.0 * keys * layout_.head_dim * static_cast<double>(dtype_bytes(layout_.dtype));
+      const double flops = 4.0 * keys * layout_.head_dim * rows;
+      const double cost = bytes / kBytesPerSecond + flops / kFlopsPerSecond;
+      seconds += cost * layout_.num_kv_heads;
+      plan->items.push_back({static_cast<int32_t>(i), block, block_end, static_cast<float>(cost)});
+    }
+  }
+  std::stable_sort(plan->items.begin(), plan->items.end(),
+                   [](const Item& a, const Item& b) { return a.cost < b.cost; });
+  plan->alone = seconds < kAloneSeconds;
+  plan->partial_floats = floats;
+  plan->scratch_bytes = attend_scratch_bytes(most_rows, layout_.head_dim);
+  const size_t num_pending = plan->tiles.size() * layout_.num_kv_heads;
+  plan->pending = std::make_unique<std::atomic<int32_t>[]>(num_pending);
+  for (size_t i = 0; i < num_pending; ++i) plan->pending[i] = plan->tiles[i / layout_.num_kv_heads].pending;
+  plans_.push_back(std::move(plan));
+  return *plans_.back();
+}
+
+struct Step::Call {
+  const Step& step;
+  const Plan& plan;
+  int32_t layer;
+  const std::byte* q;
+  int64_t q_stride;
+  std::byte* out;
+  int64_t out_stride;
+  bool out_float32;
+  float* lse;
+  float soft_cap;
+};
+
+void Step::run_item(const Call& call, int32_t index, std::byte* scratch) const {
+  const int32_t num_kv_heads = layout_.num_kv_heads;
+  const int32_t group = num_heads_ / num_kv_heads;
+  const Item& item = call.plan.items[index / num_kv_heads];
+  const Tile& tile = call.plan.tiles[item.tile];
+  const int32_t head = index % num_kv_heads;
+  const int64_t bytes = dtype_bytes(layout_.dtype);
+  const int64_t offset = (int64_t{call.layer} * num_kv_heads + head) * layout_.head_elements() * bytes;
+  const int64_t query_offset = int64_t{head} * group * layout_.head_dim;
+  const int64_t out_bytes = call.out_float32 ? 4 : bytes;
+
+  AttendTask task{};
+  task.k = k_pages_ + offset;
+  task.v = v_pages_ + offset;
+  task.page_stride = layout_.page_elements();
+  task.block_table = block_table_.data() + table_begin_[tile.seq];
+  task.page_size = layout_.page_size;
+  task.head_dim = layout_.head_dim;
+  task.num_queries = tile.num_queries;
+  task.group = group;
+  task.position = tile.position;
+  task.sliding_window = call.plan.sliding_window;
+  task.scale = scale_;
+  task.soft_cap = call.soft_cap;
+  task.q = call.q + (tile.query * call.q_stride + query_offset) * bytes;
+  task.q_stride = call.q_stride;
+  task.block_begin = item.block_begin;
+  task.block_end = item.block_end;
+  task.out = call.out + (tile.query * call.out_stride + query_offset) * out_bytes;
+  task.out_stride = call.out_stride;
+  task.out_float32 = call.out_float32;
+  task.lse = call.lse == nullptr ? nullptr : call.lse + int64_t{tile.query} * num_heads_ + head * group;
+  task.lse_stride = num_heads_;
+  const auto dtype = static_cast<int>(layout_.dtype);
+  if (tile.partial < 0) {
+    pool_.kernels().attend[dtype](task, scratch);
+    return;
+  }
+  const int64_t tile_floats =
+      partial_floats(int64_t{tile.num_queries} * group, layout_.head_dim) * (tile.block_end - tile.block_begin);
+  task.partial = reinterpret_cast<float*>(pool_.partials.data()) + tile.partial + head * tile_floats;
+  task.partial_begin = tile.block_begin;
+  pool_.kernels().attend[dtype](task, scratch);
+  // Whoever finishes a tile's last block merges its blocks, in their order; then the count stands for the next layer.
+  std::atomic<int32_t>& pending = call.plan.pending[int64_t{item.tile} * num_kv_heads + head];
+  if (pending.fetch_sub(1, std::memory_order_acq_rel) != 1) return;
+  pending.store(tile.pending, std::memory_order_relaxed);
+  task.block_begin = tile.block_begin;
+  task.block_end = tile.block_end;
+  pool_.kernels().fold[dtype](task, scratch);
+}
+
+void Step::attend(int32_t layer, const std::byte* q, int64_t q_stride, std::byte* out, int64_t out_stride,
+                  bool out_float32, float* lse, int32_t sliding_window, float soft_cap) {
+  check_layer(layer);
+  if (sliding_window < 0) throw std::invalid_argument("sliding_window must not be negative");
+  if (!(soft_cap >= 0.0f)) throw std::invalid_argument("soft_cap must not be negative");
+  std::lock_guard<std::mutex> lock(pool_.mutex);
+  const Plan& plan = this->plan(sliding_window);
+  pool_.partials.reserve(plan.partial_floats * 4);
+  const Call call{*this, plan, layer, q, q_stride, out, out_stride, out_float32, lse, soft_cap};
+  pool_.run(
+      static_cast<int32_t>(plan.items.size()) * layout_.num_kv_heads,
+      [](const void* context, int32_t item, std::byte* scratch) {
+        const Call& c = *static_cast<const Call*>(context);
+        c.step.run_item(c, item, scratch);
+      },
+      &call, plan.scratch_bytes, plan.alone);
+}
+
+}  // namespace hybridgen

@@ -1,0 +1,89 @@
+// One forward pass's attention: who attends to what, checked and shared out once, then run layer by layer.
+#pragma once
+
+#include <atomic>
+#include <cstdint>
+#include <memory>
+#include <vector>
+
+#include "attend.h"
+#include "pool.h"
+
+namespace hybridgen {
+
+struct Layout {
+  int32_t num_layers;
+  int32_t num_kv_heads;
+  int32_t head_dim;
+  int32_t page_size;
+  Dtype dtype;
+
+  int64_t head_elements() const { return static_cast<int64_t>(page_size) * head_dim; }
+  int64_t page_elements() const { return head_elements() * num_kv_heads * num_layers; }
+};
+
+class Step {
+ public:
+  // Throws std::invalid_argument for lengths and page ids that do not fit.
+  Step(Pool& pool, const Layout& layout, std::byte* k_pages, std::byte* v_pages, int64_t num_pages, int32_t num_seqs,
+       const int32_t* query_begin, const int32_t* kv_len, const int32_t* block_table, int64_t max_pages,
+       int32_t num_heads, float scale);
+  Step(const Step&) = delete;
+  Step& operator=(const Step&) = delete;
+
+  // k, v: [tokens, num_kv_heads, head_dim] with `stride` elements between tokens.
+  void store(int32_t layer, const std::byte* k, int64_t k_stride, const std::byte* v, int64_t v_stride);
+
+  // q, out: [tokens, num_heads, head_dim]; lse: [tokens, num_heads] or null.
+  void attend(int32_t layer, const std::byte* q, int64_t q_stride, std::byte* out, int64_t out_stride, bool out_float32,
+              float* lse, int32_t sliding_window, float soft_cap);
+
+ private:
+  struct Tile {  // consecutive queries of one sequence
+    int32_t seq;
+    int32_t query;  // row of the first in q
+    int32_t num_queries;
+    int32_t position;  // of the first
+    int32_t block_begin;
+    int32_t block_end;
+    int64_t partial;  // its first float in the pool's partials, per KV head; -1: finished by one item
+    int32_t pending;  // items that it was cut into
+  };
+  struct Item {
+    int32_t tile;
+    int32_t block_begin;
+    int32_t block_end;
+    float cost;
+  };
+  struct Plan {  // how a layer's work is shared out; layers differ by their sliding window alone
+    int32_t sliding_window;
+    std::vector<Tile> tiles;
+    std::vector<Item> items;  // cheapest first: the pool takes them from the back
+    std::unique_ptr<std::atomic<int32_t>[]> pending;  // [tiles, num_kv_heads]  items still to finish
+    int64_t partial_floats;
+    int64_t scratch_bytes;
+    bool alone;
+  };
+  struct Call;
+
+  const Plan& plan(int32_t sliding_window);
+  void run_item(const Call& call, int32_t index, std::byte* scratch) const;
+  void store_tokens(int32_t layer, const std::byte* k, int64_t k_stride, const std::byte* v, int64_t v_stride,
+                    int32_t begin, int32_t end) const;
+  void check_layer(int32_t layer) const;
+
+  Pool& pool_;
+  const Layout layout_;
+  std::byte* const k_pages_;
+  std::byte* const v_pages_;
+  const int32_t num_heads_;
+  const float scale_;
+  std::vector<int32_t> query_begin_;  // [num_seqs + 1]
+  std::vector<int32_t> kv_len_;       // [num_seqs]
+  std::vector<int64_t> table_begin_;  // [num_seqs]  where a sequence's pages begin in block_table_
+  std::vector<int32_t> block_table_;
+  std::vector<int64_t> slots_;  // [tokens]  page * page_size + offset; -1: the token lies before the keys
+  std::vector<std::unique_ptr<Plan>> plans_;
+};
+
+}  // namespace hybridgen

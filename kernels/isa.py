@@ -1,0 +1,30 @@
+"""Which instruction-set path the C++ kernels take: the best that this CPU has, or the one asked for by name."""
+
+import os
+
+from hybridgen.kernels import _cpu
+
+ISA_VARIABLE = "HYBRIDGEN_CPU_ISA"
+
+
+class UnsupportedIsa(ValueError):
+    """The path asked for by name is unknown, was not built, or cannot run on this CPU. Unset or correct it."""
+
+
+def supported_isas() -> tuple[str, ...]:
+    """Names of the paths this machine can run, slowest first; `scalar` is always there."""
+    return tuple(_cpu.supported_isas())
+
+
+def select_isa(name: str | None = None) -> str:
+    """The path called `name`, else the one that HYBRIDGEN_CPU_ISA names, else the fastest supported."""
+    supported = supported_isas()
+    source = "isa" if name else ISA_VARIABLE
+    name = name or os.environ.get(ISA_VARIABLE)
+    if not name:
+        return supported[-1]
+    if name not in supported:
+        raise UnsupportedIsa(
+            f"{source}={name!r} cannot be used: this machine supports {', '.join(supported)}"
+        )
+    return name

@@ -1,0 +1,163 @@
+"""Every kernel in plain PyTorch: the specification that the fast ones are tested against. Works in any float dtype."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def pack_k(k: Tensor) -> Tensor:
+    """Tokens of one page to its K half: [page_size, .., head_dim] -> [.., page_size / 16, head_dim / 2, 16, 2]."""
+    page_size, head_dim = k.shape[0], k.shape[-1]
+    groups = k.movedim(0, -2).unflatten(-1, (head_dim // 2, 2)).unflatten(-3, (page_size // 16, 16))
+    return groups.transpose(-3, -2).contiguous()
+
+
+def unpack_k(page: Tensor) -> Tensor:
+    """[.., page_size / 16, head_dim / 2, 16, 2] -> [page_size, .., head_dim]"""
+    return page.transpose(-3, -2).flatten(-4, -3).flatten(-2, -1).movedim(-2, 0).contiguous()
+
+
+def pack_v(v: Tensor) -> Tensor:
+    """Tokens of one page to its V half: [page_size, .., head_dim] -> [.., page_size / 2, head_dim, 2]."""
+    return v.movedim(0, -2).unflatten(-2, (v.shape[0] // 2, 2)).transpose(-2, -1).contiguous()
+
+
+def unpack_v(page: Tensor) -> Tensor:
+    """[.., page_size / 2, head_dim, 2] -> [page_size, .., head_dim]"""
+    return page.transpose(-2, -1).flatten(-3, -2).movedim(-2, 0).contiguous()
+
+
+def store(
+    layer: int,
+    k: Tensor,
+    v: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    *,
+    query_begin: Sequence[int],
+    kv_len: Sequence[int],
+    block_table: Sequence[Sequence[int]],
+) -> None:
+    """What `AttentionStep.store` does: this step's k, v [tokens, num_kv_heads, head_dim] to their slots."""
+    page_size = v_pages.shape[3] * 2
+    for seq, end in enumerate(kv_len):
+        begin, after = query_begin[seq], query_begin[seq + 1]
+        for row in range(begin, after):
+            position = end - after + row
+            if position < 0:
+                continue
+            page, offset = block_table[seq][position // page_size], position % page_size
+            k_token = k[row].unflatten(-1, (-1, 2))
+            k_pages[page, layer, :, offset // 16, :, offset % 16, :] = k_token
+            v_pages[page, layer, :, offset // 2, :, offset % 2] = v[row]
+
+
+def attend(
+    layer: int,
+    q: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    *,
+    query_begin: Sequence[int],
+    kv_len: Sequence[int],
+    block_table: Sequence[Sequence[int]],
+    scale: float,
+    sliding_window: int = 0,
+    soft_cap: float = 0.0,
+    dtype: torch.dtype = torch.float64,
+) -> tuple[Tensor, Tensor]:
+    """What `AttentionStep.attend` does, computed in `dtype`.
+
+    Args:
+        q: [tokens, num_heads, head_dim]
+
+    Returns:
+        out [tokens, num_heads, head_dim] and lse [tokens, num_heads], natural log, in `dtype`.
+    """
+    num_heads = q.shape[1]
+    out = torch.zeros(q.shape, dtype=dtype)
+    lse = torch.full(q.shape[:2], -torch.inf, dtype=dtype)
+    page_size = v_pages.shape[3] * 2
+    for seq, num_keys in enumerate(kv_len):
+        begin, end = query_begin[seq], query_begin[seq + 1]
+        if begin == end or num_keys == 0:
+            continue
+        pages = list(block_table[seq][: -(-num_keys // page_size)])
+        # [keys, num_heads, head_dim]: each KV head serves a group of consecutive query heads
+        group = num_heads // k_pages.shape[2]
+        k = torch.cat([unpack_k(k_pages[page, layer]) for page in pages])[:num_keys].to(dtype)
+        v = torch.cat([unpack_v(v_pages[page, layer]) for page in pages])[:num_keys].to(dtype)
+        k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
+
+        logits = torch.einsum("qhd,khd->hqk", q[begin:end].to(dtype), k) * scale
+        if soft_cap:
+            logits = soft_cap * torch.tanh(logits / soft_cap)
+        query_position = torch.arange(num_keys - (end - begin), num_keys)[:, None]
+        key_position = torch.arange(num_keys)[None, :]
+        visible = key_position <= query_position
+        if sliding_window:
+            visible &= key_position > query_position - sliding_window
+        logits = logits.masked_fill(~visible, -torch.inf)
+
+        row_lse = torch.logsumexp(logits, dim=-1)  # [heads, queries]; -inf where nothing is visible
+        weights = torch.exp(logits - torch.where(row_lse.isinf(), 0.0, row_lse)[..., None])
+        out[begin:end] = torch.einsum("hqk,khd->qhd", weights, v)
+        lse[begin:end] = row_lse.T
+    return out, lse
+
+
+def merge(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
+    """Combine two partial attentions over disjoint sets of keys into one, exactly.
+
+    Args:
+        out_a, out_b: [tokens, heads, head_dim]; each already divided by its own sum.
+        lse_a, lse_b: [tokens, heads], natural log; -inf marks a half that saw no keys.
+
+    Returns:
+        out, lse of the union, same shapes. Both halves empty gives out = 0, lse = -inf, never NaN.
+    """
+    # Shift by the larger lse so the larger weight is exactly 1. With both halves empty the shift
+    # would be -inf - -inf = NaN, so use 0 and let both weights become exp(-inf) = 0.
+    shift = torch.maximum(lse_a, lse_b)
+    shift = torch.where(shift.isinf(), 0.0, shift)
+    weight_a, weight_b = torch.exp(lse_a - shift), torch.exp(lse_b - shift)
+    total = weight_a + weight_b
+    lse = shift + torch.log(total)
+    divisor = torch.where(total == 0, 1.0, total)
+    out = out_a * (weight_a / divisor)[..., None] + out_b * (weight_b / divisor)[..., None]
+    return out, lse
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """Normalise the last dim in float32, round to x's dtype, then multiply by weight, as Hugging Face does."""
+    wide = x.float()
+    scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+    return (wide * scale).to(x.dtype) * weight
+
+
+def fused_add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """residual += x in place; the norm of the sum is returned."""
+    residual += x
+    return rms_norm(residual, weight, eps)
+
+
+def rotary_(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> None:
+    """Rotate the halves of the first 2 * cos.shape[1] dims of every head, in place.
+
+    Args:
+        q, k: [tokens, heads, head_dim]
+        cos, sin: [tokens, n], float32
+    """
+    n = cos.shape[1]
+    for heads in (q, k):
+        a, b = heads[..., :n].float(), heads[..., n : 2 * n].float()
+        c, s = cos[:, None, :], sin[:, None, :]
+        heads[..., :n] = (a * c - b * s).to(heads.dtype)
+        heads[..., n : 2 * n] = (b * c + a * s).to(heads.dtype)
+
+
+def silu_and_mul(gate_up: Tensor) -> Tensor:
+    """[tokens, 2n] -> [tokens, n]: silu of the first half times the second."""
+    gate, up = gate_up.chunk(2, dim=-1)
+    return torch.nn.functional.silu(gate.float()).to(gate.dtype) * up

@@ -1,0 +1,323 @@
+"""Paged attention on every instruction set of this machine against the float64 reference.
+
+Tolerances: float32 sums of up to 1,041 terms of size 1 are within 2e-6 of the exact ones (weights 3e-7 each, eps 6e-8
+a sum), lse within 2e-6 of its size. `avx512_bf16` rounds each weight to bfloat16: 2^-9 of the largest |v|, which is
+below 5 here, and less in a mean. A result in a 16-bit dtype is rounded once more: half a unit in its last place.
+"""
+
+import math
+import os
+import threading
+
+import pytest
+import torch
+from torch import Tensor
+
+from hybridgen.kernels import reference
+from hybridgen.kernels.attention import AttentionPool, AttentionStep, KVLayout, allocate_pages
+from hybridgen.kernels.isa import supported_isas
+from tests.kernels.paged import Batch
+
+SHAPES = (
+    (8, 1),
+    (16, 2),
+    (24, 2),
+    (32, 4),
+    (64, 3),
+    (64, 4),
+    (80, 5),
+    (96, 7),
+    (128, 1),
+    (128, 8),
+    (256, 16),
+    (26, 60),
+)
+
+
+def out_tolerance(isa: str, dtype: torch.dtype) -> float:
+    return 5 * 2**-9 if isa == "avx512_bf16" and dtype == torch.bfloat16 else 1e-5
+
+
+def assert_matches(
+    batch: Batch, pool: AttentionPool, *, tolerance: float | None = None, **options: float
+) -> None:
+    out, lse = batch.step(pool).attend(batch.layer, batch.q, return_lse=True, **options)
+    expected_out, expected_lse = batch.expected(**options)
+    tolerance = tolerance or out_tolerance(pool.isa, batch.layout.dtype)
+    torch.testing.assert_close(out.double(), expected_out, atol=tolerance, rtol=0)
+    torch.testing.assert_close(lse.double(), expected_lse, atol=4e-6, rtol=2e-6)
+
+
+@pytest.mark.parametrize(("head_dim", "group"), SHAPES, ids=lambda n: str(n))
+def test_a_mixed_batch_matches_the_reference(
+    pool: AttentionPool, dtype: torch.dtype, head_dim: int, group: int
+) -> None:
+    layout = KVLayout(2, 1 if group > 4 else 3, head_dim, 32, dtype)
+    assert_matches(Batch(layout, group=group, layer=1), pool)
+
+
+@pytest.mark.parametrize("page_size", [16, 32, 48, 128])
+def test_any_page_size_gives_the_same_result(pool: AttentionPool, page_size: int) -> None:
+    assert_matches(Batch(KVLayout(2, 2, 64, page_size, torch.bfloat16), group=2, layer=1), pool)
+
+
+@pytest.mark.parametrize("sliding_window", [1, 2, 16, 17, 100, 511, 600, 5000])
+def test_a_sliding_window_hides_older_keys(
+    pool: AttentionPool, dtype: torch.dtype, sliding_window: int
+) -> None:
+    assert_matches(Batch(KVLayout(1, 2, 32, 32, dtype), group=2), pool, sliding_window=sliding_window)
+
+
+def test_pages_before_the_sliding_window_are_not_read_as_values(
+    pool: AttentionPool, dtype: torch.dtype
+) -> None:
+    batch = Batch(KVLayout(1, 1, 64, 16, dtype), lens=((1001, 1), (1001, 3)), group=2)
+    expected, _ = batch.expected(sliding_window=101)
+    for seq, first_used in ((0, 900), (1, 898)):
+        for page in batch.block_table[seq][: first_used // 16]:
+            batch.k_pages[page] = torch.nan
+            batch.v_pages[page] = torch.nan
+        page, offset = batch.block_table[seq][first_used // 16], first_used % 16
+        for older in range(offset):
+            batch.v_pages[page, :, :, older // 2, :, older % 2] = torch.nan
+    out, _ = batch.step(pool).attend(0, batch.q, sliding_window=101, return_lse=True)
+    torch.testing.assert_close(out.double(), expected, atol=out_tolerance(pool.isa, dtype), rtol=0)
+
+
+@pytest.mark.parametrize("soft_cap", [0.5, 5.0, 50.0])
+def test_a_soft_cap_bounds_the_logits(pool: AttentionPool, dtype: torch.dtype, soft_cap: float) -> None:
+    # tanh has an absolute error of some 1e-7, hence soft_cap * 1e-7 in a logit and its weight.
+    tolerance = out_tolerance(pool.isa, dtype) + 1e-6 * soft_cap
+    batch = Batch(KVLayout(1, 2, 64, 32, dtype), group=2, logit_size=4)
+    assert_matches(batch, pool, soft_cap=soft_cap, sliding_window=300, tolerance=tolerance)
+
+
+def test_huge_logits_neither_overflow_nor_lose_the_maximum(pool: AttentionPool, dtype: torch.dtype) -> None:
+    # Logits of 1e4 have a unit in the last place of 1e-3 in float32, so have their weights.
+    batch = Batch(KVLayout(1, 2, 64, 32, dtype), group=2, logit_size=1e4)
+    out, lse = batch.step(pool).attend(0, batch.q, return_lse=True)
+    expected, expected_lse = batch.expected()
+    torch.testing.assert_close(out.double(), expected, atol=2e-2, rtol=0)
+    torch.testing.assert_close(lse.double(), expected_lse, atol=4e-6, rtol=2e-6)
+
+
+def test_ties_share_the_weight_equally(pool: AttentionPool, dtype: torch.dtype) -> None:
+    batch = Batch(KVLayout(1, 1, 64, 32, dtype), lens=((1024, 1),), padding=0.0)
+    batch.k_pages.zero_()
+    out, lse = batch.step(pool).attend(0, batch.q, return_lse=True)
+    assert lse.item() == pytest.approx(math.log(1024), rel=1e-6)
+    torch.testing.assert_close(
+        out.double(), batch.expected()[0], atol=1e-6, rtol=0
+    )  # equal weights are exact
+
+
+def test_queries_without_keys_give_zero_and_minus_infinity(pool: AttentionPool, dtype: torch.dtype) -> None:
+    batch = Batch(KVLayout(1, 2, 64, 32, dtype), lens=((0, 2), (3, 5), (0, 0)), group=2)
+    out, lse = batch.step(pool).attend(0, batch.q, return_lse=True)
+    unseeing = [0, 1, 2, 3]  # both of the first sequence, and the two that lie before the second one's keys
+    assert torch.equal(out[unseeing], torch.zeros(4, 4, 64))
+    assert torch.equal(lse[unseeing], torch.full((4, 4), -torch.inf))
+    assert lse[4:].isfinite().all()
+
+
+def test_a_batch_without_tokens_gives_an_empty_result(pool: AttentionPool) -> None:
+    layout = KVLayout(1, 2, 64, 32, torch.float32)
+    k_pages, v_pages = allocate_pages(layout, 1)
+    step = AttentionStep(
+        pool, layout, k_pages, v_pages, query_begin=[0], kv_len=[], block_table=[], num_heads=2, scale=1.0
+    )
+    assert step.attend(0, torch.empty(0, 2, 64)).shape == (0, 2, 64)
+
+
+def test_the_result_has_the_dtype_of_q_and_is_rounded_once(pool: AttentionPool, dtype: torch.dtype) -> None:
+    batch = Batch(KVLayout(1, 2, 80, 32, dtype), group=3)
+    step = batch.step(pool)
+    wide, _ = step.attend(0, batch.q, return_lse=True)
+    out = torch.empty_like(batch.q)
+    assert step.attend(0, batch.q, out=out) is out
+    assert torch.equal(out, wide.to(dtype))
+
+
+def test_rows_of_a_fused_projection_are_read_and_written_in_place(
+    pool: AttentionPool, dtype: torch.dtype
+) -> None:
+    layout = KVLayout(3, 2, 64, 32, dtype)
+    lens = ((70, 70), (5, 5), (33, 1))
+    batch = Batch(layout, lens=lens, group=4, layer=2)
+    qkv = torch.randn(76, (8 + 2 + 2) * 64).to(dtype)
+    q = qkv[:, : 8 * 64].view(76, 8, 64)
+    k = qkv[:, 8 * 64 : 10 * 64].view(76, 2, 64)
+    v = qkv[:, 10 * 64 :].view(76, 2, 64)
+    expected_k, expected_v = batch.k_pages.clone(), batch.v_pages.clone()
+    tables = {"query_begin": batch.query_begin, "kv_len": batch.kv_len, "block_table": batch.block_table}
+    reference.store(2, k, v, expected_k, expected_v, **tables)
+
+    step = batch.step(pool)
+    step.store(2, k, v)
+    assert torch.equal(batch.k_pages.nan_to_num(7), expected_k.nan_to_num(7))
+    assert torch.equal(batch.v_pages.nan_to_num(7), expected_v.nan_to_num(7))
+    fused_out = torch.zeros(76, 9 * 64, dtype=dtype)
+    step.attend(2, q, out=fused_out[:, : 8 * 64].view(76, 8, 64))
+    assert torch.equal(fused_out[:, : 8 * 64].view(76, 8, 64), step.attend(2, q.contiguous()))
+    assert not fused_out[:, 8 * 64 :].any()
+
+
+def attend_all(batch: Batch, pool: AttentionPool) -> tuple[Tensor, Tensor]:
+    return batch.step(pool).attend(batch.layer, batch.q, return_lse=True)
+
+
+@pytest.mark.parametrize("num_threads", [1, 3, 8])
+def test_the_number_of_threads_does_not_change_a_bit(
+    pool: AttentionPool, dtype: torch.dtype, num_threads: int
+) -> None:
+    batch = Batch(KVLayout(1, 2, 64, 32, dtype), lens=((3000, 1), (2000, 20), (700, 700), (9, 9)), group=3)
+    with AttentionPool(num_threads, isa=pool.isa) as other:
+        for ours, theirs in zip(attend_all(batch, pool), attend_all(batch, other), strict=True):
+            assert torch.equal(ours, theirs)
+
+
+def test_the_rest_of_the_batch_does_not_change_a_bit(pool: AttentionPool, dtype: torch.dtype) -> None:
+    together = Batch(KVLayout(1, 2, 96, 32, dtype), lens=((1500, 1), (1000, 33), (40, 40), (700, 2)), group=3)
+    out, lse = attend_all(together, pool)
+    for seq, kv_len in enumerate(together.kv_len):
+        begin, end = together.query_begin[seq], together.query_begin[seq + 1]
+        alone = AttentionStep(
+            pool, together.layout, together.k_pages, together.v_pages, query_begin=[0, end - begin], kv_len=[kv_len],
+            block_table=[together.block_table[seq]], num_heads=6, scale=together.scale,
+        )  # fmt: skip
+        alone_out, alone_lse = alone.attend(0, together.q[begin:end], return_lse=True)
+        assert torch.equal(alone_out, out[begin:end])
+        assert torch.equal(alone_lse, lse[begin:end])
+
+
+@pytest.mark.parametrize("sliding_window", [0, 301])
+@pytest.mark.parametrize("chunk", [1, 7, 64])
+def test_the_chunks_of_a_prompt_do_not_change_a_bit(
+    pool: AttentionPool, dtype: torch.dtype, chunk: int, sliding_window: int
+) -> None:
+    whole = Batch(KVLayout(1, 2, 80, 32, dtype), lens=((1100, 130),), group=3)
+    out = whole.step(pool).attend(0, whole.q, sliding_window=sliding_window)
+    for begin in range(0, 130, chunk):
+        end = min(begin + chunk, 130)
+        step = AttentionStep(
+            pool, whole.layout, whole.k_pages, whole.v_pages, query_begin=[0, end - begin], kv_len=[970 + end],
+            block_table=whole.block_table, num_heads=6, scale=whole.scale,
+        )  # fmt: skip
+        assert torch.equal(step.attend(0, whole.q[begin:end], sliding_window=sliding_window), out[begin:end])
+
+
+@pytest.mark.parametrize("isa", [isa for isa in supported_isas() if isa != "scalar"])
+def test_every_path_agrees_with_the_scalar_one(isa: str, dtype: torch.dtype) -> None:
+    batch = Batch(KVLayout(1, 2, 64, 32, dtype), group=4)
+    with AttentionPool(1, isa=isa) as fast, AttentionPool(1, isa="scalar") as scalar:
+        (out, lse), (scalar_out, scalar_lse) = attend_all(batch, fast), attend_all(batch, scalar)
+    torch.testing.assert_close(out, scalar_out, atol=2 * out_tolerance(isa, dtype), rtol=0)
+    torch.testing.assert_close(lse, scalar_lse, atol=8e-6, rtol=4e-6)
+
+
+def test_two_python_threads_can_share_a_pool(pool: AttentionPool) -> None:
+    batches = [Batch(KVLayout(1, 2, 64, 32, torch.bfloat16), seed=seed, group=2) for seed in range(2)]
+    expected = [attend_all(batch, pool)[0] for batch in batches]
+    wrong: list[int] = []
+
+    def work(index: int) -> None:
+        step = batches[index].step(pool)
+        for _ in range(50):
+            if not torch.equal(step.attend(0, batches[index].q, return_lse=True)[0], expected[index]):
+                wrong.append(index)
+
+    threads = [threading.Thread(target=work, args=(index,)) for index in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+def test_a_closed_pool_works_in_the_calling_thread() -> None:
+    batch = Batch(KVLayout(1, 2, 64, 32, torch.float32), group=2)
+    pool = AttentionPool(2)
+    expected = attend_all(batch, pool)[0]
+    pool.close()
+    pool.close()
+    assert torch.equal(attend_all(batch, pool)[0], expected)
+
+
+def test_idle_threads_sleep() -> None:
+    with AttentionPool(4) as pool:
+        batch = Batch(KVLayout(1, 2, 64, 32, torch.float32), group=2)
+        attend_all(batch, pool)
+        # user + system time of the whole process while this thread waits
+        before = sum(os.times()[:2])
+        threading.Event().wait(0.3)
+        assert sum(os.times()[:2]) - before < 0.1
+
+
+def test_a_fresh_cache_costs_no_memory() -> None:
+    layout = KVLayout(32, 8, 128, 32, torch.bfloat16)
+    num_pages = (64 << 30) // layout.page_bytes
+    k_pages, v_pages = allocate_pages(layout, num_pages)
+    assert k_pages.shape == layout.k_shape(num_pages)
+    assert k_pages.nbytes + v_pages.nbytes == num_pages * layout.page_bytes
+    assert k_pages.data_ptr() % (2 << 20) == 0
+    assert not k_pages[-1].any()
+    assert not v_pages[0].any()
+    k_pages[-1] = 1.0
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"kv_len": [33]}, "kv_len 33 needs 2 pages but block_table has 1"),
+        ({"block_table": [[4]]}, r"page 4 is not in \[0, 4\)"),
+        ({"block_table": [[-1]]}, r"page -1 is not in \[0, 4\)"),
+        ({"kv_len": [-1]}, "kv_len must not be negative"),
+        ({"query_begin": [1, 2]}, "query_begin must begin with 0"),
+        ({"query_begin": [0, -1]}, "query_begin must not decrease"),
+        ({"query_begin": [0, 1, 2]}, "query_begin has 3 entries for 1 sequences"),
+        ({"num_heads": 3}, "3 query heads do not share 2 KV heads evenly"),
+        ({"scale": 0.0}, "scale must be positive"),
+    ],
+)
+def test_a_step_that_does_not_fit_is_refused_with_the_numbers(
+    change: dict[str, object], message: str
+) -> None:
+    layout = KVLayout(1, 2, 8, 32, torch.float32)
+    k_pages, v_pages = allocate_pages(layout, 4)
+    arguments = {
+        "query_begin": [0, 1],
+        "kv_len": [1],
+        "block_table": [[0]],
+        "num_heads": 2,
+        "scale": 1.0,
+    } | change
+    with AttentionPool(1) as pool, pytest.raises(ValueError, match=message):
+        AttentionStep(pool, layout, k_pages, v_pages, **arguments)  # type: ignore[arg-type]
+
+
+def test_tensors_of_the_wrong_shape_dtype_or_stride_are_refused() -> None:
+    batch = Batch(KVLayout(1, 2, 8, 32, torch.float32), lens=((3, 2),))
+    with AttentionPool(1) as pool:
+        step = batch.step(pool)
+        for q in (
+            batch.q[:1],
+            batch.q.double(),
+            batch.q.transpose(0, 1),
+            torch.empty(2, 8, 2).transpose(1, 2),
+        ):
+            with pytest.raises(ValueError, match="expected torch.float32"):
+                step.attend(0, q)
+        with pytest.raises(ValueError, match=r"layer 1 is not in \[0, 1\)"):
+            step.attend(1, batch.q)
+        with pytest.raises(ValueError, match="expected torch.float32"):
+            step.store(0, batch.q, batch.q[:1])
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"page_size": 24}, {"head_dim": 7}, {"head_dim": 514}, {"dtype": torch.int8}, {"num_layers": 0}],
+)
+def test_a_layout_that_no_kernel_takes_is_refused(change: dict[str, object]) -> None:
+    arguments = {"num_layers": 1, "num_kv_heads": 1, "head_dim": 64, "page_size": 32, "dtype": torch.float32}
+    with pytest.raises(ValueError, match=str(next(iter(change.values())))):
+        KVLayout(**(arguments | change))  # type: ignore[arg-type]
