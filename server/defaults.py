@@ -1,0 +1,54 @@
+"""The sampling that a model's makers recommend (generation_config.json) for what a request leaves open."""
+
+import logging
+from pathlib import Path
+
+import msgspec
+from huggingface_hub import try_to_load_from_cache
+
+from hybridgen.configs.settings import Settings
+
+logger = logging.getLogger(__name__)
+
+
+class SamplingDefaults(msgspec.Struct, frozen=True, kw_only=True):
+    """The fields of generation_config.json that sampling knows; the neutral value where it has none."""
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+
+
+def load_sampling_defaults(settings: Settings) -> SamplingDefaults:
+    """Read from the model's folder, or the cache where the engine has put it; neutral without a file.
+
+    Raises:
+        msgspec.DecodeError: the file is no JSON, or a field has the wrong type.
+    """
+    path = _generation_config(settings)
+    if path is None:
+        return SamplingDefaults()
+    fields = msgspec.json.decode(path.read_bytes(), type=dict[str, object])
+    known = {
+        name: fields[name] for name in SamplingDefaults.__struct_fields__ if fields.get(name) is not None
+    }
+    defaults = msgspec.convert(known, SamplingDefaults)
+    if known:
+        logger.info("sampling defaults from %s: %s", path.name, known)
+    return defaults
+
+
+def _generation_config(settings: Settings) -> Path | None:
+    folder = Path(settings.model).expanduser()
+    if folder.is_dir():
+        path = folder / "generation_config.json"
+        return path if path.is_file() else None
+    cached = try_to_load_from_cache(
+        settings.model,
+        "generation_config.json",
+        cache_dir=settings.download_dir,
+        revision=settings.revision,
+    )
+    return Path(cached) if isinstance(cached, str) else None

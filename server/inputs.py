@@ -1,0 +1,137 @@
+"""From request bodies to token ids and `SamplingParams`: the parse that both kinds of completion share."""
+
+import asyncio
+from collections.abc import Sequence
+from typing import Any, TypeVar
+
+import jinja2
+
+from hybridgen.engine.request import InvalidRequest, SamplingParams, check_sampling_params
+from hybridgen.server.errors import ContextLengthExceeded
+from hybridgen.server.protocol import GenerationRequest, Message
+from hybridgen.server.service import Service
+
+Number = TypeVar("Number", int, float)
+
+# Tokenizing releases the GIL. Shorter texts take less than the hand-over to a thread is worth.
+_LONG_TEXT = 8_192  # characters
+
+
+async def encode(service: Service, text: str, *, add_special_tokens: bool) -> list[int]:
+    """Token ids of `text`. A long text is tokenized on a thread, so that streams go on meanwhile."""
+    tokenizer = service.tokenizer
+    if len(text) < _LONG_TEXT:
+        return tokenizer.encode(text, add_special_tokens=add_special_tokens)
+    return await asyncio.to_thread(tokenizer.encode, text, add_special_tokens=add_special_tokens)
+
+
+async def encode_chat(
+    service: Service,
+    messages: Sequence[Message],
+    *,
+    add_special_tokens: bool,
+    add_generation_prompt: bool,
+    continue_final_message: bool,
+    chat_template_kwargs: dict[str, Any] | None,
+) -> list[int]:
+    """Token ids of a chat as the model's template writes it.
+
+    Raises:
+        InvalidRequest: the template refuses these messages, or the two last arguments contradict each other.
+    """
+    if continue_final_message and add_generation_prompt:
+        raise InvalidRequest(
+            "continue_final_message leaves the last message open, add_generation_prompt begins another",
+            "continue_final_message",
+        )
+    conversation = [message.for_template(index) for index, message in enumerate(messages)]
+    try:
+        text = service.tokenizer.apply_chat_template(
+            conversation,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=continue_final_message,
+            **(chat_template_kwargs or {}),
+        )
+        text.encode()  # variables of the template may hold half a surrogate pair, which is not text
+    except (jinja2.TemplateError, ValueError, TypeError) as exc:
+        raise InvalidRequest(f"the chat template refuses these messages: {exc}", "messages") from exc
+    return await encode(service, text, add_special_tokens=add_special_tokens)
+
+
+def check_prompt(service: Service, prompt: Sequence[int], param: str) -> None:
+    """Raises InvalidRequest for a prompt without tokens or with one that the model does not have."""
+    if not prompt:
+        raise InvalidRequest("a prompt must have at least one token", param)
+    highest = max(prompt)
+    if highest >= service.engine.ready.vocab_size:
+        raise InvalidRequest(
+            f"token id {highest} is not in the vocabulary of {service.engine.ready.vocab_size}", param
+        )
+
+
+def fit_max_tokens(service: Service, num_prompt_tokens: int, max_tokens: int | None, param: str) -> int:
+    """How many tokens may be generated: `max_tokens`, or for None whatever the context still holds.
+
+    Raises:
+        ContextLengthExceeded: they do not fit, or the prompt leaves no room at all.
+    """
+    max_model_len = service.engine.ready.max_model_len
+    room = max_model_len - num_prompt_tokens
+    if room < 1:
+        raise ContextLengthExceeded(num_prompt_tokens, None, max_model_len, param)
+    if max_tokens is not None and max_tokens > room:
+        raise ContextLengthExceeded(num_prompt_tokens, max_tokens, max_model_len, "max_tokens")
+    return room if max_tokens is None else max_tokens
+
+
+def sampling_params(
+    service: Service,
+    body: GenerationRequest,
+    *,
+    max_tokens: int | None,
+    logprobs: int | None,
+    prompt_logprobs: int | None,
+) -> SamplingParams:
+    """What the body asks for, with the model's defaults where it is silent.
+
+    Raises:
+        InvalidRequest: a value is out of range.
+    """
+    defaults = service.defaults
+    stop = (body.stop,) if isinstance(body.stop, str) else tuple(body.stop or ())
+    params = SamplingParams(
+        n=body.n,
+        max_tokens=max_tokens,
+        min_tokens=body.min_tokens,
+        temperature=_given(body.temperature, defaults.temperature),
+        top_p=_given(body.top_p, defaults.top_p),
+        top_k=_given(body.top_k, defaults.top_k),
+        min_p=_given(body.min_p, defaults.min_p),
+        presence_penalty=body.presence_penalty or 0.0,
+        frequency_penalty=body.frequency_penalty or 0.0,
+        repetition_penalty=_given(body.repetition_penalty, defaults.repetition_penalty),
+        logit_bias=body.logit_bias or {},
+        seed=body.seed,
+        stop=stop,
+        stop_token_ids=tuple(body.stop_token_ids or ()),
+        include_stop_str_in_output=body.include_stop_str_in_output,
+        ignore_eos=body.ignore_eos,
+        logprobs=logprobs,
+        prompt_logprobs=prompt_logprobs,
+        skip_special_tokens=body.skip_special_tokens,
+        spaces_between_special_tokens=body.spaces_between_special_tokens,
+    )
+    check_sampling_params(
+        params,
+        vocab_size=service.engine.ready.vocab_size,
+        max_logprobs=service.settings.max_logprobs,
+    )
+    if body.stream_options is not None and not body.stream:
+        raise InvalidRequest("stream_options are for streams: set stream to true", "stream_options")
+    if body.prompt_logprobs is not None and body.stream:
+        raise InvalidRequest("prompt_logprobs cannot be streamed: set stream to false", "prompt_logprobs")
+    return params
+
+
+def _given(value: Number | None, default: Number) -> Number:
+    return default if value is None else value

@@ -1,0 +1,216 @@
+"""GET /metrics: vLLM's names and buckets where it has them, so that its dashboards and autoscalers work.
+
+The engine counts and the server times: counters come from `EngineStats`, durations are what a client sees.
+"""
+
+from bisect import bisect_left
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from math import inf
+
+from prometheus_client import (
+    CollectorRegistry,
+    GCCollector,
+    PlatformCollector,
+    ProcessCollector,
+    generate_latest,
+)
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from hybridgen.engine.request import EngineStats, FinishReason
+
+CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+
+# The bounds are vLLM's (seconds), so that quantiles of both line up.
+TIME_TO_FIRST_TOKEN = (
+    *(0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75),
+    *(1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0, 160.0, 640.0, 2560.0),
+)
+TIME_PER_TOKEN = (
+    # vLLM begins at 10 ms, too coarse for small models: these two are ours.
+    *(0.0025, 0.005),
+    *(0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75),
+    *(1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0),
+)
+REQUEST_LATENCY = (
+    *(0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 15.0, 20.0, 30.0, 40.0, 50.0, 60.0),
+    *(120.0, 240.0, 480.0, 960.0, 1920.0, 7680.0),
+)
+
+
+class Histogram:
+    """Counts per bucket. prometheus_client's own takes a lock and microseconds, once per streamed token."""
+
+    def __init__(self, name: str, documentation: str, bounds: Sequence[float]) -> None:
+        self.name = name
+        self.documentation = documentation
+        self._bounds = bounds
+        self._counts = [0] * (len(bounds) + 1)  # the last: above every bound
+        self._sum = 0.0
+
+    def observe(self, value: float) -> None:
+        self._counts[bisect_left(self._bounds, value)] += 1
+        self._sum += value
+
+    def collect(self, labels: dict[str, str]) -> Metric:
+        total = 0
+        buckets: list[tuple[str, float]] = []
+        for bound, count in zip((*self._bounds, inf), self._counts, strict=True):
+            total += count
+            buckets.append(("+Inf" if bound == inf else str(bound), total))
+        family = HistogramMetricFamily(self.name, self.documentation, labels=list(labels))
+        family.add_metric(list(labels.values()), buckets, self._sum)
+        return family
+
+
+class MonotonicStats:
+    """Adds up `EngineStats` totals across engines: a new one counts from 0, and a counter must not fall."""
+
+    def __init__(self) -> None:
+        self._base: dict[str, int] = {}
+        self._last: dict[str, int] = {}
+
+    def total(self, stats: EngineStats, name: str) -> int:
+        value: int = getattr(stats, name)
+        last = self._last.get(name, 0)
+        if value < last:
+            self._base[name] = self._base.get(name, 0) + last
+        self._last[name] = value
+        return self._base.get(name, 0) + value
+
+
+@dataclass(frozen=True, slots=True)
+class _EngineMetric:
+    kind: type[CounterMetricFamily] | type[GaugeMetricFamily]
+    name: str
+    documentation: str
+    value: Callable[[EngineStats, MonotonicStats], float]
+
+
+_ENGINE_METRICS = (
+    _EngineMetric(
+        GaugeMetricFamily,
+        "vllm:num_requests_running",
+        "Sequences in the batch of the last step.",
+        lambda stats, _: stats.num_running,
+    ),
+    _EngineMetric(
+        GaugeMetricFamily,
+        "vllm:num_requests_waiting",
+        "Sequences waiting for a place in the batch.",
+        lambda stats, _: stats.num_waiting,
+    ),
+    _EngineMetric(
+        GaugeMetricFamily,
+        "vllm:kv_cache_usage_perc",
+        "Share of KV pages that running sequences hold; 1 is all. Cached prefixes count as free.",
+        lambda stats, _: _num_held_pages(stats) / max(stats.num_pages, 1),
+    ),
+    _EngineMetric(
+        CounterMetricFamily,
+        "vllm:prompt_tokens",
+        "Prompt tokens computed, or found in the prefix cache.",
+        lambda stats, totals: totals.total(stats, "num_prompt_tokens_total"),
+    ),
+    _EngineMetric(
+        CounterMetricFamily,
+        "vllm:generation_tokens",
+        "Tokens generated.",
+        lambda stats, totals: totals.total(stats, "num_generated_tokens_total"),
+    ),
+    _EngineMetric(
+        CounterMetricFamily,
+        "vllm:prefix_cache_queries",
+        "Prompt tokens looked up in the prefix cache.",
+        lambda stats, totals: totals.total(stats, "num_prefix_queries_total"),
+    ),
+    _EngineMetric(
+        CounterMetricFamily,
+        "vllm:prefix_cache_hits",
+        "Prompt tokens found in the prefix cache.",
+        lambda stats, totals: totals.total(stats, "num_prefix_hits_total"),
+    ),
+    _EngineMetric(
+        CounterMetricFamily,
+        "vllm:num_preemptions",
+        "Sequences preempted because pages ran out.",
+        lambda stats, totals: totals.total(stats, "num_preemptions_total"),
+    ),
+    _EngineMetric(
+        CounterMetricFamily,
+        "hybridgen:steps",
+        "Forward passes.",
+        lambda stats, totals: totals.total(stats, "num_steps_total"),
+    ),
+)
+
+
+def _num_held_pages(stats: EngineStats) -> int:
+    return stats.num_pages - stats.num_free_pages - stats.num_cached_pages
+
+
+class Metrics(Collector):
+    """What one server exports, in a registry of its own; `stats` is read at each scrape."""
+
+    def __init__(self, model_name: str, stats: Callable[[], EngineStats]) -> None:
+        self.time_to_first_token = Histogram(
+            "vllm:time_to_first_token_seconds",
+            "From a request's arrival to its first token.",
+            TIME_TO_FIRST_TOKEN,
+        )
+        self.inter_token_latency = Histogram(
+            "vllm:inter_token_latency_seconds", "Between two outputs of a choice.", TIME_PER_TOKEN
+        )
+        self.time_per_output_token = Histogram(
+            "vllm:request_time_per_output_token_seconds",
+            "Mean time per token after the first, per finished choice.",
+            TIME_PER_TOKEN,
+        )
+        self.e2e_latency = Histogram(
+            "vllm:e2e_request_latency_seconds",
+            "From a request's arrival to the end of a choice.",
+            REQUEST_LATENCY,
+        )
+        self._finished: dict[FinishReason, int] = {"stop": 0, "length": 0, "abort": 0, "error": 0}
+        self._labels = {"model_name": model_name, "engine": "0"}
+        self._stats = stats
+        self._totals = MonotonicStats()
+        self._registry = CollectorRegistry()
+        self._registry.register(self)
+        ProcessCollector(registry=self._registry)
+        PlatformCollector(registry=self._registry)
+        GCCollector(registry=self._registry)
+
+    def count_finished(self, reason: FinishReason) -> None:
+        self._finished[reason] += 1
+
+    def exposition(self) -> bytes:
+        """The text format of Prometheus."""
+        return generate_latest(self._registry)
+
+    def collect(self) -> Iterator[Metric]:
+        stats = self._stats()
+        names, values = list(self._labels), list(self._labels.values())
+        for metric in _ENGINE_METRICS:
+            family = metric.kind(metric.name, metric.documentation, labels=names)
+            family.add_metric(values, metric.value(stats, self._totals))
+            yield family
+
+        pages = GaugeMetricFamily("hybridgen:kv_pages", "KV pages by state.", labels=[*names, "state"])
+        pages.add_metric([*values, "free"], stats.num_free_pages)
+        pages.add_metric([*values, "cached"], stats.num_cached_pages)
+        pages.add_metric([*values, "held"], _num_held_pages(stats))
+        yield pages
+
+        finished = CounterMetricFamily(
+            "vllm:request_success", "Finished choices by reason.", labels=[*names, "finished_reason"]
+        )
+        for reason, count in self._finished.items():
+            finished.add_metric([*values, reason], count)
+        yield finished
+
+        yield self.time_to_first_token.collect(self._labels)
+        yield self.inter_token_latency.collect(self._labels)
+        yield self.time_per_output_token.collect(self._labels)
+        yield self.e2e_latency.collect(self._labels)
