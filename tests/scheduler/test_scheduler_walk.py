@@ -270,7 +270,7 @@ class Walk:
     def drain(self) -> None:
         """Every sequence ends, within the bound that the scheduler's docstring argues for."""
         # While the first in order is not admitted nobody else is, and the running ones end one after the
-        # other; then it runs to its end undisturbed. So each of n sequences costs at most the sum of all lengths.
+        # other; then it runs to its end undisturbed. So each of n sequences costs at most the sum of lengths.
         total = sum(shadow.max_total_tokens for shadow in self.alive.values())
         bound = self.num_steps + len(self.alive) * total
         while self.alive:
