@@ -3,11 +3,23 @@
 Plain msgspec structs, so that the server never imports torch to build one and the wire format is the type.
 """
 
+import math
 from typing import Literal
 
 import msgspec
 
 FinishReason = Literal["stop", "length", "abort", "error"]
+
+# Each choice is a sequence of its own; more than this in one request is taken for a mistake.
+MAX_N = 128
+
+
+class InvalidRequest(Exception):
+    """The request cannot be run as it is; the client must change it. The message has the limit and the value."""
+
+    def __init__(self, message: str, param: str) -> None:
+        super().__init__(message)
+        self.param = param  # the field that is wrong
 
 
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -36,6 +48,90 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     prompt_logprobs: int | None = None
     skip_special_tokens: bool = True
     spaces_between_special_tokens: bool = True
+
+
+def check_sampling_params(params: SamplingParams, *, vocab_size: int, max_logprobs: int = 20) -> None:
+    """Refuse what cannot be sampled with. The types are taken to be right, as msgspec and pydantic make them.
+
+    Args:
+        max_logprobs: the most alternatives per token that may be asked for; -1: no limit.
+
+    Raises:
+        InvalidRequest: for the first field that is out of range.
+    """
+    _check_range("n", params.n, 1, MAX_N)
+    _check_range("presence_penalty", params.presence_penalty, -2, 2)
+    _check_range("frequency_penalty", params.frequency_penalty, -2, 2)
+    if not (math.isfinite(params.repetition_penalty) and params.repetition_penalty > 0):
+        raise InvalidRequest(
+            f"repetition_penalty must be finite and greater than 0, got {params.repetition_penalty}",
+            "repetition_penalty",
+        )
+    _check_range("temperature", params.temperature, 0, 2)
+    if not 0 < params.top_p <= 1:
+        raise InvalidRequest(f"top_p must be greater than 0 and at most 1, got {params.top_p}", "top_p")
+    if params.top_k < -1:
+        raise InvalidRequest(
+            f"top_k must be at least 1, or 0 or -1 for no limit, got {params.top_k}", "top_k"
+        )
+    _check_range("min_p", params.min_p, 0, 1)
+    _check_lengths(params)
+    _check_num_logprobs("logprobs", params.logprobs, vocab_size, max_logprobs)
+    _check_num_logprobs("prompt_logprobs", params.prompt_logprobs, vocab_size, max_logprobs)
+    if "" in params.stop:
+        raise InvalidRequest("stop must not contain an empty string", "stop")
+    for token in params.stop_token_ids:
+        _check_token("stop_token_ids", token, vocab_size)
+    for token, bias in params.logit_bias.items():
+        _check_token("logit_bias", token, vocab_size)
+        if not -100 <= bias <= 100:
+            raise InvalidRequest(
+                f"logit_bias must be between -100 and 100, got {bias} for token {token}", "logit_bias"
+            )
+    if params.seed is not None and not -(1 << 63) <= params.seed < 1 << 63:
+        raise InvalidRequest(f"seed must fit in 64 bits with a sign, got {params.seed}", "seed")
+
+
+def _check_range(param: str, value: float, lowest: float, highest: float) -> None:
+    if not lowest <= value <= highest:  # NaN fails too
+        raise InvalidRequest(f"{param} must be between {lowest} and {highest}, got {value}", param)
+
+
+def _check_lengths(params: SamplingParams) -> None:
+    if params.max_tokens is not None and params.max_tokens < 1:
+        raise InvalidRequest(f"max_tokens must be at least 1, got {params.max_tokens}", "max_tokens")
+    if params.min_tokens < 0:
+        raise InvalidRequest(f"min_tokens must be at least 0, got {params.min_tokens}", "min_tokens")
+    if params.max_tokens is not None and params.min_tokens > params.max_tokens:
+        raise InvalidRequest(
+            f"min_tokens must be at most max_tokens = {params.max_tokens}, got {params.min_tokens}",
+            "min_tokens",
+        )
+
+
+def _check_num_logprobs(param: str, value: int | None, vocab_size: int, limit: int) -> None:
+    if value is None:
+        return
+    if value < -1:
+        raise InvalidRequest(
+            f"{param} must be at least 0, or -1 for the whole vocabulary, got {value}", param
+        )
+    if limit == -1:
+        return
+    if value == -1 and vocab_size > limit:
+        raise InvalidRequest(
+            f"{param} = -1 means the whole vocabulary of {vocab_size} tokens; this server gives at most {limit}",
+            param,
+        )
+    if value > limit:
+        raise InvalidRequest(f"{param} must be at most {limit} on this server, got {value}", param)
+
+
+def _check_token(param: str, token: int, vocab_size: int) -> None:
+    if not 0 <= token < vocab_size:
+        raise InvalidRequest(
+            f"{param} holds token id {token}, but the vocabulary has ids 0 to {vocab_size - 1}", param
+        )
 
 
 class Request(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, tag="request"):
