@@ -1,8 +1,8 @@
 """The engine's process: messages in, one step after another, outputs out. No HTTP, no text, no scheduling.
 
 `python -P -m hybridgen.engine.process --sockets FOLDER` reads its EngineSettings as one line of JSON on
-standard input and keeps the pipe: the pipe closes when the server dies, however it dies, and then this process
-ends at once, so that no engine is ever left behind.
+standard input and keeps the pipe: the pipe closes when the server dies, however it dies, and then this
+process ends at once, so that no engine is ever left behind.
 """
 
 import argparse
@@ -66,7 +66,7 @@ class Core(Protocol):
 
 def build_core(settings: EngineSettings) -> Core:
     """Load the model. The import is here because it takes seconds and stubs do without it."""
-    from hybridgen.engine.core import build_engine
+    from hybridgen.engine.build import build_engine
 
     return build_engine(settings)
 
