@@ -296,6 +296,9 @@ def _environment(settings: EngineSettings) -> dict[str, str]:
     return {
         **os.environ,
         "OMP_NUM_THREADS": str(settings.threads),
+        # After a parallel region libgomp's threads spin, by default for milliseconds, on the cores that the
+        # attention pool wants next; with a busy neighbour every region then waits out a time slice.
+        "GOMP_SPINCOUNT": os.environ.get("GOMP_SPINCOUNT", "1000"),
     }
 
 

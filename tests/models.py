@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
     LlamaConfig,
@@ -12,6 +13,7 @@ from transformers import (
     OPTConfig,
     PreTrainedConfig,
     PreTrainedModel,
+    PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen3Config,
 )
@@ -79,6 +81,7 @@ CONFIGS: dict[str, PreTrainedConfig] = {
 
 def save_model(name: str, folder: Path, *, seed: int = 0) -> PreTrainedModel:
     """Write the checkpoint of `CONFIGS[name]` in float32 and return the model it holds."""
+    torch.set_num_threads(1)  # the models are too small to share out, least of all on a busy machine
     torch.manual_seed(seed)
     model: PreTrainedModel = AutoModelForCausalLM.from_config(CONFIGS[name], dtype=torch.float32)
     with torch.no_grad():
@@ -102,3 +105,19 @@ def generate(model: PreTrainedModel, prompt: Sequence[int], num_tokens: int) -> 
     )
     assert isinstance(out, torch.Tensor)
     return [int(token) for token in out[0, len(prompt) :]]
+
+
+def save_byte_tokenizer(folder: Path) -> None:
+    """A tokenizer whose tokens are the 256 bytes, with a chat template that is easy to read."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    backend = Tokenizer(models.BPE(vocab={byte: index for index, byte in enumerate(alphabet)}, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.decoder = decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        chat_template=(
+            "{% for message in messages %}<{{ message.role }}>{{ message.content }}\n{% endfor %}"
+            "{% if add_generation_prompt %}<assistant>{% endif %}"
+        ),
+    )
+    tokenizer.save_pretrained(folder)

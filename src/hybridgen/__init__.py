@@ -4,6 +4,7 @@ The names below load on first use, so that `import hybridgen` and the command li
 engine pulls in torch, which takes seconds.
 """
 
+import os
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -16,6 +17,8 @@ __version__ = "0.1.0"
 
 def __getattr__(name: str) -> Any:
     if name == "LLM":
+        # Read once, when torch is imported; the reason is told in engine/client.py.
+        os.environ.setdefault("GOMP_SPINCOUNT", "1000")
         from hybridgen.engine.llm import LLM
 
         return LLM
