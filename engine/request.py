@@ -15,7 +15,7 @@ MAX_N = 128
 
 
 class InvalidRequest(Exception):
-    """The request cannot be run as it is; the client must change it. The message has the limit and the value."""
+    """The request cannot be run as it is; the client must change it. The message says limit and value."""
 
     def __init__(self, message: str, param: str) -> None:
         super().__init__(message)
@@ -120,7 +120,7 @@ def _check_num_logprobs(param: str, value: int | None, vocab_size: int, limit: i
         return
     if value == -1 and vocab_size > limit:
         raise InvalidRequest(
-            f"{param} = -1 means the whole vocabulary of {vocab_size} tokens; this server gives at most {limit}",
+            f"{param} = -1 means the whole vocabulary of {vocab_size} tokens; the limit here is {limit}",
             param,
         )
     if value > limit:

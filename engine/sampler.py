@@ -1,9 +1,10 @@
 """From logits to the next token of every sequence in the batch, without a loop over the sequences.
 
-The order is vLLM's: log-probabilities are read from the logits as they came; then the minimum length, the bias
-and the penalties change them; then temperature, min_p, top_k and top_p narrow the distribution; then one uniform
-number per sequence picks from what is left. That number depends on the sequence's seed and on how many tokens
-it has generated, and on nothing else, so neither the rest of the batch nor a preemption can change a token.
+The order is vLLM's: log-probabilities are read from the logits as they came; then the minimum length, the
+bias and the penalties change them; then temperature, min_p, top_k and top_p narrow the distribution; then one
+uniform number per sequence picks from what is left. That number depends on the sequence's seed and on how
+many tokens it has generated, and on nothing else: neither the rest of the batch nor a preemption changes a
+token.
 
 Logits of equal value are ranked by token id, lowest first, everywhere in this file.
 """
@@ -22,14 +23,14 @@ from hybridgen.engine.request import SamplingParams, TokenLogprob
 # Below this a temperature is treated as 0, as in vLLM: dividing by it gains nothing and can overflow.
 _MIN_TEMPERATURE = 1e-5
 
-# Whole-vocabulary passes go over blocks of this many tokens, so that a search touches one block instead of all.
+# Passes over the vocabulary reduce blocks of this many tokens, so that a search touches one block, not all.
 _BLOCK = 128
 
 # How many of the largest weights are looked at before a row's whole vocabulary is sorted.
 _NARROW = 128
 _WIDE = 1024
 
-# Rows of logits that `prompt_logprobs` turns to float32 at a time: bounds its memory at 64 * vocab * 4 bytes or so.
+# Rows that `prompt_logprobs` works on at a time, so that its memory does not grow with the prompt.
 _PROMPT_ROWS = 64
 
 _ROW = np.dtype(
@@ -58,9 +59,7 @@ class Sampled:
 
     tokens: list[int]
     logprobs: list[TokenLogprob | None]  # None where none was asked for
-    invalid: tuple[
-        int, ...
-    ]  # places in the batch with no token to give: NaN, +inf, or nothing left to choose
+    invalid: tuple[int, ...]  # places in the batch without a token: NaN, +inf, or nothing left to choose
 
 
 class Sampler:
@@ -205,7 +204,7 @@ class Sampler:
         return torch.from_numpy(np.ascontiguousarray(values)).to(self._device)
 
     def _adjust(self, logits: Tensor, rows: _Int64, state: npt.NDArray[Any]) -> Tensor:
-        """Float32 scores after minimum length, bias and penalties. The argument itself when there is nothing to do."""
+        """Float32 scores after minimum length, bias and penalties; the argument if nothing is to do."""
         scores = logits.float()
         too_short = state["num_generated"] < state["min_tokens"]
         penalised = np.flatnonzero(state["penalty_slot"] >= 0)
@@ -282,7 +281,7 @@ class _SparseLogits:
 
 
 class _PenaltyCounts:
-    """Which tokens a sequence has seen and how often it generated each; a slot only for those with a penalty."""
+    """Which tokens a sequence has seen, how often it generated each; slots for those with penalties only."""
 
     def __init__(self, vocab_size: int, device: torch.device) -> None:
         self._generated = torch.zeros(0, vocab_size, dtype=torch.int32, device=device)
@@ -340,7 +339,7 @@ def _greedy(scores: Tensor) -> tuple[Tensor, Tensor]:
     if scores.is_cuda:
         tokens = scores.argmax(-1)
     else:
-        # torch's argmax runs one element at a time on a CPU and its amax does not: find the block, then look inside.
+        # On a CPU torch's argmax takes one element at a time, its amax does not: find the block, look inside.
         block = _reduce_blocks(scores, torch.amax).argmax(-1)
         index, inside = _block_index(block, scores.shape[-1])
         values = scores.gather(1, index).masked_fill_(~inside, -torch.inf)
@@ -351,7 +350,7 @@ def _greedy(scores: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _draw(scores: Tensor, state: npt.NDArray[Any]) -> tuple[Tensor, Tensor]:
-    """Sample with temperature, min_p, top_k and top_p. Tokens and whether each is one: [rows], int64 and bool."""
+    """Tokens by temperature, min_p, top_k and top_p, and whether each is one: [rows], int64 and bool."""
     device = scores.device
     largest = scores.amax(-1, keepdim=True)
     valid = largest.isfinite().squeeze(1)
@@ -373,7 +372,7 @@ def _draw(scores: Tensor, state: npt.NDArray[Any]) -> tuple[Tensor, Tensor]:
 
 
 def _uniform(seed: npt.NDArray[np.uint64], counter: _Int64) -> npt.NDArray[np.float64]:
-    """In [0, 1), 53 bits, from seed and counter alone: SplitMix64's mixing function (Steele et al., 2014) applied twice."""
+    """In [0, 1), 53 bits, from seed and counter alone: SplitMix64 (Steele et al., 2014), mixed twice."""
 
     def mix(value: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
         value = (value ^ (value >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
@@ -387,10 +386,11 @@ def _uniform(seed: npt.NDArray[np.uint64], counter: _Int64) -> npt.NDArray[np.fl
 
 
 def _keep_top(weights: Tensor, top_k: _Int64, top_p: npt.NDArray[np.float64]) -> None:
-    """Set to 0, in place, all but each row's `top_k` largest weights and of those all but the top_p of their mass.
+    """Set to 0, in place, all but each row's `top_k` largest weights, and of those all but top_p of the mass.
 
-    A weight stays while the mass before it (largest first, then lowest id) is below top_p of the mass of the k.
-    Looks at the `_NARROW` or `_WIDE` largest weights first; sorts a whole row only where that does not settle it.
+    A weight stays while the mass before it (largest first, then lowest id) is below top_p of the mass of the
+    k. Looks at the `_NARROW` or `_WIDE` largest weights first and sorts a whole row only where that is not
+    enough.
     """
     vocab_size = weights.shape[-1]
     device = weights.device
@@ -457,7 +457,7 @@ def _largest(values: Tensor, count: int) -> Tensor:
     num_blocks = width // block
     if num_blocks < 2 * count:
         return values.topk(count, -1).values
-    blocks = values[:, : num_blocks * block].unflatten(-1, (num_blocks, block))
+    blocks = values[:, : num_blocks * block].view(-1, num_blocks, block)
     chosen = blocks.amax(-1).topk(count, -1, sorted=False).indices
     candidates = blocks.gather(1, chosen[:, :, None].expand(-1, -1, block)).flatten(1)
     return torch.cat([candidates, values[:, num_blocks * block :]], -1).topk(count, -1).values
@@ -483,24 +483,24 @@ def _invert_cdf(weights: Tensor, uniform: Tensor) -> Tensor:
 
 
 def _first_above(sums: Tensor, target: Tensor) -> Tensor:
-    """Index of the first running sum above the target, [rows, 1]; rounding at the very end gives the last weight > 0."""
+    """Index of the first sum above the target, [rows, 1]; past the end, that of the last weight > 0."""
     last = (sums < sums[:, -1:]).sum(-1, keepdim=True)
     return torch.minimum((sums <= target).sum(-1, keepdim=True), last)
 
 
 def _reduce_blocks(values: Tensor, reduce: Any) -> Tensor:
-    """Reduce each block of `_BLOCK` columns, the shorter last one included: [rows, ceil(columns / _BLOCK)]."""
+    """Reduce each block of `_BLOCK` columns, also the shorter last one: [rows, ceil(columns / _BLOCK)]."""
     num_whole = values.shape[-1] // _BLOCK
     parts = []
     if num_whole:
-        parts.append(reduce(values[:, : num_whole * _BLOCK].unflatten(-1, (num_whole, _BLOCK)), -1))
+        parts.append(reduce(values[:, : num_whole * _BLOCK].view(-1, num_whole, _BLOCK), -1))
     if num_whole * _BLOCK < values.shape[-1]:
         parts.append(reduce(values[:, num_whole * _BLOCK :], -1, keepdim=True))
     return torch.cat(parts, -1) if len(parts) > 1 else parts[0]
 
 
 def _block_index(block: Tensor, num_columns: int) -> tuple[Tensor, Tensor]:
-    """Columns of one block per row, and which of them exist: [rows, _BLOCK]. Those that do not repeat the last."""
+    """Columns of one block per row, and which of them exist: [rows, _BLOCK]. The others repeat the last."""
     index = block[:, None] * _BLOCK + torch.arange(_BLOCK, device=block.device)
     return index.clamp(max=num_columns - 1), index < num_columns
 
@@ -533,8 +533,8 @@ def _ranked_ids(values: Tensor, count: int) -> Tensor:
     num_columns = values.shape[-1]
     if count == 0:
         return torch.zeros(len(values), 0, dtype=torch.int64, device=values.device)
-    # topk leaves open which of equals it takes. As integers, float32 bits order like the numbers once those of
-    # negative numbers are flipped; an id below them makes every key different. + 0.0 turns -0.0 into 0.0.
+    # topk leaves open which of equals it takes. As integers, float32 bits order like the numbers once those
+    # of negative numbers are flipped; an id below them makes every key different. + 0.0 turns -0.0 into 0.0.
     bits = (values + 0.0).view(torch.int32)
     keys = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).long() << 32
     keys += torch.arange(num_columns - 1, -1, -1, device=values.device)
