@@ -85,7 +85,11 @@ class Generation:
                 Request(id=f"{name}-{index}", prompt=prompt, params=params, priority=self.priority)
                 for index, prompt in enumerate(self.prompts)
             ]
-            self._choices = [_Choice(Detokenizer(tokenizer, params)) for _ in range(self.num_choices)]
+            self._choices = [
+                _Choice(Detokenizer(tokenizer, params, prompt))
+                for prompt in self.prompts
+                for _ in range(params.n)
+            ]
             left_as: FinishReason = "abort"
             try:
                 async with aclosing(self._outputs(requests)) as outputs:
@@ -131,17 +135,21 @@ class Generation:
                 return None
             self._finish(choice, "length")
             return Piece(index, "", (), (), "length", None)
-        self.num_completion_tokens += len(output.tokens)
-        text = choice.detokenizer.push(output.tokens, finished=finish_reason is not None)
+        # The engine says "stop" for a token only: it is that token which ended the choice.
+        text = choice.detokenizer.push(
+            output.tokens, finished=finish_reason is not None, stop_token=finish_reason == "stop"
+        )
+        self.num_completion_tokens += text.num_tokens
+        logprobs = output.logprobs[: text.num_tokens]
         if text.stop is not None:
             if finish_reason is None:
                 self.service.engine.abort_choice(request_id, output.index)
             finish_reason, stop_reason = "stop", text.stop
         if finish_reason is not None:
             self._finish(choice, finish_reason)
-        elif not text.text and not output.logprobs:
+        elif not text.text and not logprobs:
             return None
-        return Piece(index, text.text, output.logprobs, text.offsets, finish_reason, stop_reason)
+        return Piece(index, text.text, logprobs, text.offsets, finish_reason, stop_reason)
 
     def _time(self, choice: _Choice, num_tokens: int) -> None:
         if num_tokens == 0:

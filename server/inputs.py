@@ -4,14 +4,15 @@ import asyncio
 from collections.abc import Sequence
 from typing import Any, TypeVar
 
-import jinja2
-
 from hybridgen.engine.request import InvalidRequest, SamplingParams, check_sampling_params
 from hybridgen.server.errors import ContextLengthExceeded
 from hybridgen.server.protocol import GenerationRequest, Message
 from hybridgen.server.service import Service
 
 Number = TypeVar("Number", int, float)
+
+# Template variables that are fields of the request.
+_NOT_VARIABLES = frozenset({"messages", "tools", "add_generation_prompt", "continue_final_message"})
 
 # Tokenizing releases the GIL. Shorter texts take less than the hand-over to a thread is worth.
 _LONG_TEXT = 8_192  # characters
@@ -37,24 +38,27 @@ async def encode_chat(
     """Token ids of a chat as the model's template writes it.
 
     Raises:
-        InvalidRequest: the template refuses these messages, or the two last arguments contradict each other.
+        InvalidRequest: the template refuses these messages, or two of the arguments contradict each other.
     """
     if continue_final_message and add_generation_prompt:
         raise InvalidRequest(
             "continue_final_message leaves the last message open, add_generation_prompt begins another",
             "continue_final_message",
         )
+    variables = chat_template_kwargs or {}
+    if clash := sorted(variables.keys() & _NOT_VARIABLES):
+        raise InvalidRequest(f"{', '.join(clash)}: set the field of that name", "chat_template_kwargs")
     conversation = [message.for_template(index) for index, message in enumerate(messages)]
     try:
         text = service.tokenizer.apply_chat_template(
             conversation,
             add_generation_prompt=add_generation_prompt,
             continue_final_message=continue_final_message,
-            **(chat_template_kwargs or {}),
+            **variables,
         )
-        text.encode()  # variables of the template may hold half a surrogate pair, which is not text
-    except (jinja2.TemplateError, ValueError, TypeError) as exc:
-        raise InvalidRequest(f"the chat template refuses these messages: {exc}", "messages") from exc
+        text.encode()  # fields that only the template reads may hold half a surrogate pair
+    except UnicodeEncodeError as exc:
+        raise InvalidRequest(f"the messages hold what is not text: {exc}", "messages") from exc
     return await encode(service, text, add_special_tokens=add_special_tokens)
 
 

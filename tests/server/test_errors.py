@@ -109,7 +109,8 @@ BAD_CHATS: list[tuple[dict[str, Any], str]] = [
         {"messages": MESSAGES, "continue_final_message": True, "add_generation_prompt": True},
         "continue_final_message",
     ),
-    ({"messages": MESSAGES, "chat_template_kwargs": {"messages": 1}}, "messages"),
+    ({"messages": MESSAGES, "chat_template_kwargs": {"messages": 1}}, "chat_template_kwargs"),
+    ({"messages": MESSAGES, "chat_template_kwargs": {"tokenize": True}}, "chat_template_kwargs"),
     ({"messages": MESSAGES, "chat_template_kwargs": 5}, "chat_template_kwargs"),
 ]
 
