@@ -9,7 +9,8 @@ How a step's tokens are shared out, and why nothing starves:
 
 - Sequences are ordered by priority (lower first), then by arrival. Running ones come before waiting ones.
 - Every decode gets its token. What is left of the budget goes to the sequences further behind, oldest
-  first. At most `max_num_batched_tokens` sequences run, so the oldest of them always gets a token too.
+  first. A sequence is admitted only while tokens are left, so no more run than there are tokens in the
+  budget, and the oldest of those further behind always gets one too.
 - Pages are found by evicting cached ones, then by preempting from the back of the order. A sequence that
   is itself the last takes the pages there are, or waits a step with what it has. So the first running
   sequence can have every page it needs (`add` made sure that they exist), is never preempted, and ends.
@@ -88,7 +89,7 @@ class Scheduler:
                 raise ValueError(f"{name} is {value}; it must be at least 1")
         self._pool = PagePool(num_pages)
         self._page_size = page_size
-        self._max_num_running = min(max_num_seqs, max_num_batched_tokens)
+        self._max_num_seqs = max_num_seqs
         self._max_num_batched_tokens = max_num_batched_tokens
         self._max_model_len = max_model_len
         self._enable_prefix_caching = enable_prefix_caching
@@ -202,6 +203,7 @@ class Scheduler:
         running, pool, page_size = self._running, self._pool, self._page_size
         num_decodes = sum(len(seq.tokens) - seq.computed == 1 for seq in running)
         budget = self._max_num_batched_tokens - num_decodes
+        assert len(running) <= self._max_num_batched_tokens, f"{len(running)} run, some without a token"
         index = 0
         while index < len(running):  # preemption shortens the list from behind
             seq = running[index]
@@ -216,8 +218,6 @@ class Scheduler:
                 )
                 while num_missing > pool.num_available and running[-1] is not seq:
                     victim = running.pop()
-                    if len(victim.tokens) - victim.computed == 1:
-                        budget += 1
                     self._preempt(victim)
                     preempted.append(victim.key)
                 if num_missing > pool.num_available:
@@ -240,8 +240,7 @@ class Scheduler:
     def _give_up_pages(self, seq: _Sequence) -> None:
         self._pool.release(seq.pages)
         seq.pages = ()
-        seq.computed = seq.num_published = 0
-        seq.publishes = True
+        seq.computed = 0
 
     def _admit(self, parts: list[StepSequence], budget: int) -> None:
         """Admit waiting sequences while all of their known tokens fit beside what the running ones soon need.
@@ -249,10 +248,10 @@ class Scheduler:
         Only the first chunk's pages are taken now. The wider look keeps a prompt from being computed by
         halves, preempted for the next page of an older sequence, and computed again.
         """
-        if budget == 0 or not self._waiting or len(self._running) >= self._max_num_running:
+        if budget == 0 or not self._waiting or len(self._running) >= self._max_num_seqs:
             return
         owed = sum(max(0, self._num_pages_soon(seq) - len(seq.pages)) for seq in self._running)
-        while budget > 0 and self._waiting and len(self._running) < self._max_num_running:
+        while budget > 0 and self._waiting and len(self._running) < self._max_num_seqs:
             seq = self._waiting[0]
             if owed >= self._pool.num_available:
                 return  # at least its last token needs a page of its own; do not even look up its prefix
@@ -267,7 +266,7 @@ class Scheduler:
             self._pool.acquire(hits)
             seq.pages = hits + self._pool.allocate(self._num_pages_for(end) - len(hits))
             seq.computed = begin
-            seq.num_published = len(hits)
+            seq.num_published, seq.publishes = len(hits), True
             seq.state = "running"
             insort(self._running, seq, key=_order)
             if not seq.admitted_before:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 class StepSequence:
     """One sequence's part of a step: compute its tokens at positions [begin, end).
 
+    Read the whole block table: even entries for computed tokens may change between steps, to an equal page.
     After the step the first `end` tokens of the sequence have their keys and values in `block_table`.
     A token is sampled from the last position iff `samples`, that is, when `end` reaches the last known token.
     """

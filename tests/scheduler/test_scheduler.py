@@ -270,6 +270,21 @@ class TestPrefixReuse:
         scheduler.check_integrity()
         assert (scheduler.num_free_pages, scheduler.num_cached_pages) == (16, 0)
 
+    def test_those_who_share_a_suspect_page_keep_it_but_publish_no_more(self) -> None:
+        scheduler = make()
+        for key in (0, 1):
+            scheduler.add(key, prompt(6), max_total_tokens=16)
+            run(scheduler)
+        scheduler.add(2, prompt(6, start=50), max_total_tokens=16)
+        run(scheduler)
+        scheduler.finish(0, keep_pages=False)
+        for _ in range(4):
+            run(scheduler)
+        scheduler.finish(1)
+        assert scheduler.num_cached_pages == 0
+        scheduler.finish(2)
+        assert scheduler.num_cached_pages == 2
+
     def test_after_a_reset_old_pages_are_not_found_and_running_sequences_publish_no_more(self) -> None:
         scheduler = make()
         self.serve(scheduler, 0, prompt(8))
