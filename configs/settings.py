@@ -71,15 +71,17 @@ def _parse_length(value: object) -> object:
     return parse_count(value)
 
 
-def _split(value: object) -> object:
+def _split(text: str) -> list[str]:
+    return [item.strip() for item in text.split(",") if item.strip()]
+
+
+def _parse_names(value: object) -> object:
     """Environment variables hold lists as comma-separated text."""
-    if isinstance(value, str):
-        return [item.strip() for item in value.split(",") if item.strip()]
-    return value
+    return _split(value) if isinstance(value, str) else value
 
 
 Count = Annotated[int, BeforeValidator(parse_count)]
-Names = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_split)]
+Names = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_parse_names)]
 
 
 def _setting(
@@ -456,6 +458,11 @@ def api_keys(settings: Settings) -> tuple[str, ...]:
     if not keys:
         raise SettingsError(f"--api-key-file {settings.api_key_file}: holds no key")
     return settings.api_key + keys
+
+
+def client_api_key() -> str | None:
+    """The key that `hybridgen chat` and `bench` send unless told another: the first in HYBRIDGEN_API_KEY."""
+    return next(iter(_split(os.environ.get(_variable("api_key"), ""))), None)
 
 
 def chat_template(settings: Settings) -> str | None:
