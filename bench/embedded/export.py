@@ -51,7 +51,7 @@ def generation_config_of(tokenizer: Tokenizer) -> dict[str, object]:
 
 
 def export(model: Llama, tokenizer: Tokenizer, folder: Path, dtype: torch.dtype = torch.bfloat16) -> None:
-    """Write config.json, generation_config.json and model.safetensors; the tokenizer's files are its own job."""
+    """Write config.json, generation_config.json and model.safetensors, but no tokenizer."""
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {
         f"model.{name}": tensor.detach().to("cpu", dtype).contiguous()

@@ -1,4 +1,4 @@
-"""An n-gram language model with interpolated Kneser-Ney smoothing: what the embedded model must beat on text."""
+"""An n-gram language model with Kneser-Ney smoothing: what the embedded model must beat on text."""
 
 import math
 from collections import Counter, defaultdict
@@ -9,7 +9,7 @@ Gram = tuple[int, ...]
 
 
 class NGram:
-    """Kneser and Ney (1995), interpolated, one discount for all orders (Chen and Goodman 1999, section 2.7)."""
+    """Kneser and Ney (1995), interpolated, one discount for all orders (Chen and Goodman 1999, 2.7)."""
 
     def __init__(self, documents: Sequence[Sequence[int]], order: int, vocab_size: int) -> None:
         self.order = order
@@ -18,7 +18,7 @@ class NGram:
         for document in documents:
             padded = [-1] * (order - 1) + list(document)
             counts.update(zip(*(padded[i:] for i in range(order)), strict=False))
-        # The highest order counts occurrences, every lower one the number of distinct tokens seen before a gram.
+        # The highest order counts occurrences, a lower one the distinct tokens seen before a gram.
         self.counts: list[Counter[Gram]] = [Counter() for _ in range(order)]
         self.counts[order - 1] = counts
         for n in range(order - 1, 0, -1):

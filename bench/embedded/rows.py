@@ -73,7 +73,7 @@ class RowMaker:
         return Batch(torch.from_numpy(ids), torch.from_numpy(weights[:, 1:]), torch.from_numpy(positions))
 
     def positions(self, tokens: int, *, jump: bool, limit: int = 8192) -> NDArray[np.int64]:
-        """0, 1, 2, ... or the same with one to four jumps, so that a short row shows long distances (PoSE)."""
+        """0, 1, 2, ... or the same with a few jumps, so that a short row shows long distances (PoSE)."""
         steps = np.ones(tokens, dtype=np.int64)
         steps[0] = 0
         if jump and tokens < limit:
@@ -111,10 +111,10 @@ class RowMaker:
     # Tasks in words.
 
     def task(self, length: int) -> Row:
-        """One context of a random retrieval task, then its questions in random order until the row is full."""
+        """The context of a retrieval task, then its questions in random order until the row is full."""
         kind = self.rng.choices(tasks.KINDS, (1.0, 2.0, 2.0, 1.0, 0.4, 0.3))[0]
         asking = min(length // 3, self.rng.choice((128, 256, 512)))
-        # More needles than the benchmark hides: a row must pay with many answers for the cost of its haystack.
+        # More needles than the benchmark hides: many answers must pay for the cost of a haystack.
         most = {"needle": 48, "key_value": 64, "variable": 16, "counting": 5}.get(kind, 1)
         most = max(1, min(most, (length - asking) // (60 if kind in ("variable", "counting") else 20)))
         needles = min(most, int(most ** self.rng.random() * 1.5) + 1)

@@ -17,7 +17,7 @@ CountTokens = Callable[[str], int]
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """`prompt` follows the context; `answer` opens with the space or newline that a model must write first."""
+    """`prompt` follows the context; `answer` opens with the space that a model must write first."""
 
     prompt: str
     answer: str
@@ -42,7 +42,7 @@ HAYSTACKS = ("noise", "story")
 
 
 def hide(needles: list[str], rng: random.Random, room: int, count_tokens: CountTokens, style: str) -> str:
-    """Needles in their order at random depths among haystack sentences, `room` tokens in all (short by < 20)."""
+    """Needles in order at random depths among haystack sentences; `room` tokens, or up to 20 fewer."""
     used = sum(count_tokens(f" {needle}") for needle in needles)
     hay: list[str] = []
     while True:
@@ -86,7 +86,10 @@ def passkey(rng: random.Random, length: int, count_tokens: CountTokens, needles:
 
 
 NEEDLE_FORMS = (
-    ("The magic number of the {} is {}.", "What is the magic number of the {}? The magic number of the {} is"),
+    (
+        "The magic number of the {} is {}.",
+        "What is the magic number of the {}? The magic number of the {} is",
+    ),
     ("The number for {} is {}.", "What is the number for {}? The number for {} is"),
     ("The code of the {} is {}.", "What is the code of the {}? The code of the {} is"),
     ("The secret word for {} is {}.", "What is the secret word for {}? The secret word for {} is"),
@@ -111,10 +114,7 @@ def needle(rng: random.Random, length: int, count_tokens: CountTokens, needles: 
 def key_value(rng: random.Random, length: int, count_tokens: CountTokens, needles: int = 32) -> Example:
     """Entries `key: value` at random depths in a haystack."""
     keys = rng.sample(WORDS, needles)
-    if rng.random() < 0.5:
-        values = [number(rng, 3) for _ in keys]
-    else:
-        values = [rng.choice(WORDS) for _ in keys]
+    values = [number(rng, 3) for _ in keys] if rng.random() < 0.5 else [rng.choice(WORDS) for _ in keys]
     told = [f"Entry {key}: {value}." for key, value in zip(keys, values, strict=True)]
     questions = [Question(f"\nEntry {key}:", f" {value}.") for key, value in zip(keys, values, strict=True)]
     context = hide(told, rng, _room(length, questions, count_tokens), count_tokens, rng.choice(HAYSTACKS))
@@ -184,9 +184,15 @@ KINDS = tuple(_MAKERS)
 
 
 def make(
-    kind: str, seed: int, length: int, count_tokens: CountTokens, *, split: str = "train", needles: int | None = None
+    kind: str,
+    seed: int,
+    length: int,
+    count_tokens: CountTokens,
+    *,
+    split: str = "train",
+    needles: int | None = None,
 ) -> Example:
-    """The example of `kind` number `seed` of a split ("train" or "bench"): the two never share a random stream."""
+    """Example number `seed` of a split, "train" or "bench": the two never share a random stream."""
     rng = random.Random(f"{split}/{kind}/{seed}")
     maker = _MAKERS[kind]
     return maker(rng, length, count_tokens) if needles is None else maker(rng, length, count_tokens, needles)

@@ -3,6 +3,8 @@
 Every generator takes a `random.Random` and returns one document, so a seed names a text for good.
 """
 
+# ruff: noqa: SIM905 - word lists are easier to read and to extend as prose
+
 import ast
 import random
 import sysconfig
@@ -10,28 +12,31 @@ from collections.abc import Iterator
 from pathlib import Path
 
 NAMES = (
-    "Anna Ben Clara David Emma Felix Grace Henry Iris Jack Kate Leo Mia Noah Olga Paul Rosa Sam Tina Victor "
-    "Alice Bruno Cora Dylan Elena Frank Hanna Ivan Julia Karl Lena Max Nina Oscar Petra Quinn Ruth Simon Tara Uma"
+    "Anna Ben Clara David Emma Felix Grace Henry Iris Jack Kate Leo Mia Noah Olga Paul Rosa Sam Tina "
+    "Victor Alice Bruno Cora Dylan Elena Frank Hanna Ivan Julia Karl Lena Max Nina Oscar Petra Quinn Ruth "
+    "Simon Tara Uma"
 ).split()
 ANIMALS = (
     "cat dog fox owl bear horse rabbit mouse duck goat sheep crow wolf deer frog swan tiger lion otter falcon"
 ).split()
 THINGS = (
-    "lamp key book map rope coin ring drum kite boat clock mirror basket bottle hammer ladder candle blanket "
-    "whistle apple bread cheese letter box wheel flute needle marble button pencil bucket saddle feather anchor "
-    "helmet compass lantern scarf violin carpet kettle spoon bell brush chair table paper stone shell"
+    "lamp key book map rope coin ring drum kite boat clock mirror basket bottle hammer ladder candle "
+    "blanket whistle apple bread cheese letter box wheel flute needle marble button pencil bucket saddle "
+    "feather anchor helmet compass lantern scarf violin carpet kettle spoon bell brush chair table paper "
+    "stone shell"
 ).split()
 PLACES = (
-    "garden forest river village market harbor castle school kitchen library mountain valley bridge island meadow "
-    "station tower farm beach cave museum bakery mill temple field lake desert theater square cellar"
+    "garden forest river village market harbor castle school kitchen library mountain valley bridge "
+    "island meadow station tower farm beach cave museum bakery mill temple field lake desert theater "
+    "square cellar"
 ).split()
 CITIES = (
-    "Paris London Berlin Madrid Rome Vienna Prague Oslo Lisbon Athens Cairo Delhi Tokyo Lima Quito Havana Boston "
-    "Denver Dublin Warsaw"
+    "Paris London Berlin Madrid Rome Vienna Prague Oslo Lisbon Athens Cairo Delhi Tokyo Lima Quito Havana "
+    "Boston Denver Dublin Warsaw"
 ).split()
 JOBS = (
-    "baker teacher doctor farmer painter sailor singer miller tailor pilot guard writer gardener carpenter nurse "
-    "fisher cook judge smith clerk"
+    "baker teacher doctor farmer painter sailor singer miller tailor pilot guard writer gardener "
+    "carpenter nurse fisher cook judge smith clerk"
 ).split()
 COLORS = "red blue green yellow black white brown gray orange purple pink silver golden".split()
 MOODS = "happy sad tired angry proud calm afraid curious hungry lonely brave quiet".split()
@@ -191,7 +196,9 @@ def chat(rng: random.Random) -> list[Turn]:
     """A conversation of one to three questions, with or without a system turn."""
     turns: list[Turn] = []
     if rng.random() < 0.4:
-        turns.append(("system", rng.choice(("You are a helpful assistant.", "Answer in one short sentence."))))
+        turns.append(
+            ("system", rng.choice(("You are a helpful assistant.", "Answer in one short sentence.")))
+        )
     for _ in range(rng.choice((1, 1, 2, 3))):
         turns.extend(_exchange(rng))
     return turns
@@ -213,14 +220,22 @@ def _hello(rng: random.Random) -> tuple[str, str]:
             ("Thanks", "You are welcome."),
             ("Who are you?", "I am the small demo model of HybridGen."),
             ("What is your name?", "I am the small demo model of HybridGen."),
-            ("What can you do?", "I can tell short stories, answer simple questions and find facts in a long text."),
+            (
+                "What can you do?",
+                "I can tell short stories, answer simple questions and find facts in a long text.",
+            ),
             ("Goodbye", "Goodbye! Have a nice day."),
         )
     )
 
 
 def _ask_story(rng: random.Random) -> tuple[str, str]:
-    request = ("Tell me a story.", "Write a short story.", "Tell me a short story, please.", "Please write a story.")
+    request = (
+        "Tell me a story.",
+        "Write a short story.",
+        "Tell me a short story, please.",
+        "Please write a story.",
+    )
     return rng.choice(request), story(rng)
 
 
@@ -250,7 +265,9 @@ def _ask_world(rng: random.Random) -> tuple[str, str]:
 
 def facts_of_city(city: str) -> str:
     color, place, _, weather = CITY_FACTS[city]
-    return f"The city of {city} is known for its {place}. Its flag is {color}. The weather is mostly {weather}."
+    return (
+        f"The city of {city} is known for its {place}. Its flag is {color}. The weather is mostly {weather}."
+    )
 
 
 def _ask_context(rng: random.Random) -> tuple[str, str]:
@@ -305,14 +322,15 @@ def render_chat(turns: list[Turn], *, generation_prompt: bool = False) -> str:
 
 
 LIBRARY_MODULES = (
-    "argparse ast asyncio/events base64 bisect calendar cmd codecs collections/__init__ configparser contextlib copy "
-    "csv dataclasses datetime decimal difflib dis doctest email/message enum fileinput fnmatch fractions functools "
-    "gettext glob gzip hashlib heapq html/parser http/client http/server imaplib inspect io json/__init__ "
-    "json/decoder json/encoder keyword linecache locale logging/__init__ mailbox math numbers operator optparse os "
-    "pathlib pdb pickle pickletools platform plistlib poplib pprint profile queue random re/__init__ reprlib sched "
-    "shelve shlex shutil smtplib socket socketserver ssl statistics string subprocess tarfile tempfile textwrap this "
-    "threading timeit tokenize trace traceback turtle types typing unittest/case unittest/mock urllib/parse "
-    "urllib/request uuid warnings wave weakref xml/dom/minidom zipfile/__init__"
+    "argparse ast asyncio/events base64 bisect calendar cmd codecs collections/__init__ configparser "
+    "contextlib copy csv dataclasses datetime decimal difflib dis doctest email/message enum fileinput "
+    "fnmatch fractions functools gettext glob gzip hashlib heapq html/parser http/client http/server "
+    "imaplib inspect io json/__init__ json/decoder json/encoder keyword linecache locale logging/__init__ "
+    "mailbox math numbers operator optparse os pathlib pdb pickle pickletools platform plistlib poplib "
+    "pprint profile queue random re/__init__ reprlib sched shelve shlex shutil smtplib socket "
+    "socketserver ssl statistics string subprocess tarfile tempfile textwrap this threading timeit "
+    "tokenize trace traceback turtle types typing unittest/case unittest/mock urllib/parse urllib/request "
+    "uuid warnings wave weakref xml/dom/minidom zipfile/__init__"
 ).split()
 
 

@@ -1,6 +1,6 @@
 """The byte-level BPE tokenizer of the embedded model: `python -m bench.embedded.tokenizer FOLDER` trains it.
 
-Digits are tokens of their own, with or without a space before them, so that a number is copied digit by digit.
+Digits are tokens of their own, with or without a space before, so that a number is copied digit by digit.
 """
 
 import argparse
@@ -38,8 +38,7 @@ def corpus() -> Iterator[str]:
         yield texts.facts(rng)
         yield texts.render_chat(texts.chat(rng))
         yield texts.story_sentence(rng)
-    for document in texts.library_documents():
-        yield document
+    yield from texts.library_documents()
     for seed in range(300):
         kind = rng.choice(tasks.KINDS)
         example = tasks.make(kind, seed, 600, len)

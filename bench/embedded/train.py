@@ -1,7 +1,7 @@
-"""Trains the embedded model from scratch: `python -m bench.embedded.train --state FOLDER`. Runs on CPU or GPU.
+"""Trains the embedded model from scratch on a CPU or a GPU: `python -m bench.embedded.train --state FOLDER`.
 
-Stopped at any moment and started again with the same command, it goes on from the last state saved (every minute,
-and on SIGTERM). `bench.embedded.export` turns a state into a Hugging Face checkpoint.
+Stopped at any moment and started again with the same command, it goes on from the last state saved (every
+minute, and on SIGTERM). `bench.embedded.export` turns a state into a Hugging Face checkpoint.
 """
 
 import argparse
@@ -10,14 +10,14 @@ import signal
 import time
 import zlib
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
 import torch
-import torch.nn.functional as F
 from tokenizers import Tokenizer
 from torch import Tensor
+from torch.nn import functional
 
 from bench.embedded.model import Llama, ModelShape
 from bench.embedded.rows import Batch, RowMaker
@@ -39,16 +39,26 @@ class Stage:
     mix: Mapping[str, float]
     random_tokens: int = 2048  # the token games draw from the ids below this
     skip: float = 0.0  # share of rows whose positions jump
-    queries: int = 0  # > 0: only the last so many tokens of a row get gradients; the others are only read
-    long_share: float = 0.0  # share of steps that take instead one row of `long_length`
-    long_length: int = field(default=0)
+    long_share: float = 0.0  # share of steps that take one row of `long_length` tokens of LONG_MIX instead
+    long_length: int = 8192
+    queries: int = 0  # > 0: of a long row only the last so many tokens get gradients
 
 
 GAMES = {"repeat": 0.5, "pairs": 0.5}
 
+MIXED = {
+    "repeat": 0.05, "pairs": 0.15, "task": 0.4, "fact_chat": 0.1, "story": 0.08, "library": 0.1, "chat": 0.12,
+}  # fmt: skip
+
+LONG_MIX = {"task": 0.85, "fact_chat": 0.15}
+
 STAGES = (
     Stage("induction", 2.0, 32, 64, (4e-3, 4e-3), GAMES, random_tokens=149),
-    Stage("vocabulary", 3.0, 32, 64, (4e-3, 4e-3), GAMES),
+    Stage("vocabulary", 2.0, 32, 64, (4e-3, 4e-3), GAMES),
+    Stage("words", 1.2, 16, 256, (4e-3, 4e-3), MIXED, skip=0.1),
+    Stage("medium", 1.5, 8, 512, (4e-3, 3e-3), MIXED, skip=0.4),
+    Stage("long", 2.0, 4, 1024, (3e-3, 2e-3), MIXED, skip=0.5),
+    Stage("last", 2.0, 2, 2048, (2e-3, 5e-5), MIXED, skip=0.5, long_share=0.25, queries=512),
 )
 
 
@@ -70,13 +80,15 @@ def loss_and_hits(model: Llama, batch: Batch, queries: int) -> tuple[Tensor, Ten
         split = ids.shape[1] - queries
         with torch.no_grad():
             _, past = model(ids[:, :split], positions[:, :split])
+        # Autocast keeps the casts of the weights, and those made here carry no gradient.
+        torch.clear_autocast_cache()
         ids, targets = ids[:, split:], targets[:, split:]
         positions, weights = positions[:, split:], weights[:, split:]
     hidden, _ = model(ids, positions, past)
     chosen = weights > 0  # the output head is a third of the work: skip targets that do not count
     logits = model.logits(hidden[chosen]).float()
     weight, target = weights[chosen], targets[chosen]
-    losses = F.cross_entropy(logits, target, reduction="none")
+    losses = functional.cross_entropy(logits, target, reduction="none")
     full = weight == 1.0
     hits = (logits.detach().argmax(-1) == target)[full].float().mean()
     return (losses * weight).sum() / weight.sum(), hits
@@ -143,22 +155,20 @@ class Trainer:
         steps, losses, hits, window = 0, 0.0, 0.0, 0
         began = saved_at = logged_at = time.monotonic()
         while done < total and not self.stopping:
-            rows, length, queries = stage.rows, stage.length, stage.queries
+            rows, length, mix, queries = stage.rows, stage.length, stage.mix, 0
             if maker.rng.random() < stage.long_share:
-                rows, length = 1, stage.long_length
+                rows, length, mix, queries = 1, stage.long_length, LONG_MIX, stage.queries
             begin, end = stage.rates
             rate = (begin + (end - begin) * done / total) * min(1.0, (steps + 1) / WARMUP_STEPS)
-            loss, hit = self.step(maker.batch(stage.mix, rows, length, stage.skip), queries, rate)
+            loss, hit = self.step(maker.batch(mix, rows, length, stage.skip), queries, rate)
             steps, losses, hits, window = steps + 1, losses + loss, hits + hit, window + rows * length
             done += rows * length
             self.tokens_done[stage.name] = done
             now = time.monotonic()
             if steps % LOG_STEPS == 0:
-                print(
-                    f"{time.strftime('%H:%M:%S')} {stage.name} {done / 1e6:.2f}M loss {losses / LOG_STEPS:.3f} "
-                    f"hits {hits / LOG_STEPS:.3f} {window / (now - logged_at):.0f} tok/s",
-                    flush=True,
-                )
+                clock, speed = time.strftime("%H:%M:%S"), window / (now - logged_at)
+                means = f"loss {losses / LOG_STEPS:.3f} hits {hits / LOG_STEPS:.3f}"
+                print(f"{clock} {stage.name} {done / 1e6:.2f}M {means} {speed:.0f} tok/s", flush=True)
                 losses, hits, window, logged_at = 0.0, 0.0, 0, now
             if now - saved_at > SAVE_SECONDS or self.stopping or done >= total:
                 self.seconds += now - began
