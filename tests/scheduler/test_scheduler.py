@@ -299,6 +299,21 @@ class TestPrefixReuse:
         assert spans(self.serve(scheduler, 2, prompt(9))) == {2: (0, 9)}
         assert spans(self.serve(scheduler, 3, prompt(9))) == {3: (8, 9)}
 
+    def test_a_sequence_that_starts_over_after_a_reset_publishes_again(self) -> None:
+        scheduler = make(num_pages=6)
+        for key in range(3):
+            scheduler.add(key, prompt(4, start=10 * key), max_total_tokens=12)
+        run(scheduler)
+        scheduler.reset_prefix_cache()
+        while not run(scheduler).preempted:
+            pass
+        scheduler.finish(0)
+        scheduler.finish(1)
+        assert scheduler.num_cached_pages == 0
+        assert spans(run(scheduler)) == {2: (0, 9)}
+        scheduler.finish(2)
+        assert scheduler.num_cached_pages == 2
+
 
 class TestAfter:
     def test_a_follower_waits_for_the_prompt_and_then_shares_it(self) -> None:
