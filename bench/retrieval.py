@@ -11,7 +11,7 @@ import os
 import platform
 import random
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Protocol
@@ -69,7 +69,8 @@ class TransformersCompleter:
 
         self.torch = torch
         self.tokenizer = Tokenizer.from_file(str(Path(model) / "tokenizer.json"))
-        self.model = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
+        self.model = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+        self.model.train(False)
 
     def complete(self, context: str, prompts: Sequence[str], max_tokens: int) -> list[str]:
         torch = self.torch
@@ -111,7 +112,10 @@ class HybridGenCompleter:
             close()
 
 
-BACKENDS = {"transformers": TransformersCompleter, "hybridgen": HybridGenCompleter}
+BACKENDS: dict[str, Callable[[str], Completer]] = {
+    "transformers": TransformersCompleter,
+    "hybridgen": HybridGenCompleter,
+}
 
 
 def interval(right: int, asked: int) -> tuple[float, float]:
@@ -170,18 +174,19 @@ def text_losses(model: str, tokenizer: Tokenizer, seed: int) -> list[TextLoss]:
     import torch
     from transformers import AutoModelForCausalLM
 
-    network = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
-    end = tokenizer.token_to_id("<|eos|>")
-    baseline = NGram(
-        [[end, *tokenizer.encode(text).ids, end] for text in training_documents()],
-        4,
-        tokenizer.get_vocab_size(),
-    )
+    network = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    network.train(False)
+
+    def encode(text: str) -> list[int]:
+        ids: list[int] = tokenizer.encode(f"<|eos|>{text}<|eos|>").ids
+        return ids
+
+    baseline = NGram([encode(text) for text in training_documents()], 4, tokenizer.get_vocab_size())
     results = []
     for name, documents in held_out_documents(seed).items():
         tokens, model_loss, ngram_loss = 0, 0.0, 0.0
         for document in documents:
-            ids = [end, *tokenizer.encode(document).ids, end][:1024]
+            ids = encode(document)[:1024]
             with torch.inference_mode():
                 logits = network(torch.tensor([ids])).logits[0, :-1].float()
             model_loss += float(
@@ -225,7 +230,7 @@ def main() -> None:
     options = parser.parse_args()
     began = time.monotonic()
     tokenizer = Tokenizer.from_file(str(Path(options.model) / "tokenizer.json"))
-    completer: Completer = BACKENDS[options.backend](options.model)
+    completer = BACKENDS[options.backend](options.model)
     scores = [
         score(completer, tokenizer, kind, length, options.samples, options.seed)
         for kind in options.tasks

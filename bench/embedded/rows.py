@@ -135,9 +135,8 @@ class RowMaker:
     def fill(self, length: int, document: Callable[[], str]) -> Row:
         """Documents, each with an end mark, until the row is full; it starts inside the first one."""
         ids: list[int] = []
-        end = self.tokenizer.token_to_id("<|eos|>")
         while len(ids) < length:
-            ids += [*self.encode(document()), end]
+            ids += self.encode(f"{document()}<|eos|>")
         return ids[:length], [1.0] * length
 
     def story(self, length: int) -> Row:
