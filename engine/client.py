@@ -259,6 +259,8 @@ class EngineClient:
                 case Failed():
                     self._fail(message.message)
                 case Ready():
+                    # Until the first step every page is free.
+                    self.stats = EngineStats(num_pages=message.num_pages, num_free_pages=message.num_pages)
                     if not self._ready_or_failed.done():
                         self._ready_or_failed.set_result(message)
 

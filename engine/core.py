@@ -223,6 +223,7 @@ class EngineCore:
         keys = [item.key for item in step.sequences if item.samples]
         outputs: list[Output] = []
         ended: list[_Choice] = []
+        suspect: list[int] = []  # their pages may hold NaN, which no later prompt must find
         sampled: dict[int, int] = {}
         if keys:
             result = self._sampler.sample(logits, keys)
@@ -232,6 +233,7 @@ class EngineCore:
                 choice = self._choices[key]
                 sampled[key] = token
                 if place in result.invalid:
+                    suspect.append(key)
                     text = "the model's logits are NaN or leave no token to choose; this request cannot go on"
                     output = Output(id=choice.request.id, index=choice.index, finish_reason="error", error=text)
                 else:
@@ -242,7 +244,7 @@ class EngineCore:
             self._num_generated_tokens += len(keys)
         self._scheduler.commit(step, sampled)
         for choice in ended:
-            self._end(choice)
+            self._end(choice, keep_pages=choice.key not in suspect)
         logger.debug(
             "step of %d tokens, %d sequences: %.2f ms",
             step.num_tokens,
@@ -292,8 +294,8 @@ class EngineCore:
             choice.prompt_scores += self._sampler.prompt_logprobs(logits, following, num_top)
             position += rows
 
-    def _end(self, choice: _Choice) -> None:
-        self._scheduler.finish(choice.key)
+    def _end(self, choice: _Choice, *, keep_pages: bool = True) -> None:
+        self._scheduler.finish(choice.key, keep_pages=keep_pages)
         self._sampler.remove(choice.key)
         self._runner.forget(choice.key)
         del self._choices[choice.key], self._known[choice.key], self._prompt_lens[choice.key]
