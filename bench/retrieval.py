@@ -85,7 +85,7 @@ class TransformersCompleter:
                     feed = [int(result.logits[0, -1].argmax())]
                     answer.append(feed[0])
                 outputs.append(self.tokenizer.decode(answer, skip_special_tokens=False))
-                cache.crop(len(head))
+                cache.crop(len(head) - cache.get_seq_length())  # negative: so many tokens off the end
         return outputs
 
     def close(self) -> None:

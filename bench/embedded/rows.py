@@ -13,6 +13,7 @@ from torch import Tensor
 from bench.embedded import tasks, texts
 
 FIRST_PLAIN_TOKEN = 5  # those before it are the special tokens
+ANSWER_WEIGHT = 4.0  # a row of text has a target at every token, a row of a task only at its few answers
 QUESTION_WEIGHT = 0.1  # of the words of a question, which are predictable but not what the row is for
 HELD_OUT = 10  # one document in this many never trains
 Row = tuple[list[int], list[float]]  # token ids, and the weight of each as a target
@@ -127,7 +128,7 @@ class RowMaker:
             for question in self.rng.sample(example.questions, len(example.questions)):
                 asked, answer = self.encode(question.prompt), self.encode(question.answer)
                 ids += asked + answer
-                weights += [QUESTION_WEIGHT] * len(asked) + [1.0] * len(answer)
+                weights += [QUESTION_WEIGHT] * len(asked) + [ANSWER_WEIGHT] * len(answer)
         return ids[:length], weights[:length]
 
     # Text.
@@ -167,6 +168,6 @@ class RowMaker:
                 turn = self.encode(f"<|im_start|>user\n{opening}{asked}<|im_end|>\n<|im_start|>assistant\n")
                 answer = self.encode(f"{lead.strip()}{question.answer}<|im_end|>\n")
                 ids += turn + answer
-                weights += [0.0 if opening else QUESTION_WEIGHT] * len(turn) + [1.0] * len(answer)
+                weights += [0.0 if opening else QUESTION_WEIGHT] * len(turn) + [ANSWER_WEIGHT] * len(answer)
                 opening = ""
         return ids[:length], weights[:length]

@@ -39,8 +39,8 @@ class Stage:
     mix: Mapping[str, float]
     random_tokens: int = 2048  # the token games draw from the ids below this
     skip: float = 0.0  # share of rows whose positions jump
-    long_share: float = 0.0  # share of steps that take one row of `long_length` tokens of LONG_MIX instead
-    long_length: int = 8192
+    long_share: float = 0.0  # share of steps that take instead one row of LONG_MIX
+    long_lengths: tuple[int, ...] = (4096, 8192)
     queries: int = 0  # > 0: of a long row only the last so many tokens get gradients
 
 
@@ -58,7 +58,7 @@ STAGES = (
     Stage("words", 1.2, 16, 256, (4e-3, 4e-3), MIXED, skip=0.1),
     Stage("medium", 1.5, 8, 512, (4e-3, 3e-3), MIXED, skip=0.4),
     Stage("long", 2.0, 4, 1024, (3e-3, 2e-3), MIXED, skip=0.5),
-    Stage("last", 2.0, 2, 2048, (2e-3, 5e-5), MIXED, skip=0.5, long_share=0.25, queries=512),
+    Stage("last", 4.5, 2, 2048, (2e-3, 5e-5), MIXED, skip=0.5, long_share=0.25, queries=512),
 )
 
 
@@ -73,7 +73,7 @@ def optimizers(model: Llama) -> list[torch.optim.Optimizer]:
 
 
 def loss_and_hits(model: Llama, batch: Batch, queries: int) -> tuple[Tensor, Tensor]:
-    """The weighted mean loss, and the share of full-weight targets that are the most likely token."""
+    """The weighted mean loss, and the share of the heaviest targets that are the most likely token."""
     ids, targets, positions, weights = batch.ids[:, :-1], batch.ids[:, 1:], batch.positions, batch.weights
     past = None
     if queries:
@@ -89,8 +89,8 @@ def loss_and_hits(model: Llama, batch: Batch, queries: int) -> tuple[Tensor, Ten
     logits = model.logits(hidden[chosen]).float()
     weight, target = weights[chosen], targets[chosen]
     losses = functional.cross_entropy(logits, target, reduction="none")
-    full = weight == 1.0
-    hits = (logits.detach().argmax(-1) == target)[full].float().mean()
+    heaviest = weight == weight.max()
+    hits = (logits.detach().argmax(-1) == target)[heaviest].float().mean()
     return (losses * weight).sum() / weight.sum(), hits
 
 
@@ -157,7 +157,8 @@ class Trainer:
         while done < total and not self.stopping:
             rows, length, mix, queries = stage.rows, stage.length, stage.mix, 0
             if maker.rng.random() < stage.long_share:
-                rows, length, mix, queries = 1, stage.long_length, LONG_MIX, stage.queries
+                rows, length, mix = 1, maker.rng.choice(stage.long_lengths), LONG_MIX
+                queries = stage.queries
             begin, end = stage.rates
             rate = (begin + (end - begin) * done / total) * min(1.0, (steps + 1) / WARMUP_STEPS)
             loss, hit = self.step(maker.batch(mix, rows, length, stage.skip), queries, rate)

@@ -116,7 +116,7 @@ def test_a_row_of_every_kind_is_full_and_has_targets(kind: str, length: int, mak
         batch = maker.batch({kind: 1.0}, 1, length, skip=0.5)
         assert batch.ids.shape == (1, length + 1)
         assert batch.weights.shape == batch.positions.shape == (1, length)
-        assert batch.weights.max() == 1.0
+        assert batch.weights.max() >= 1.0
 
 
 def test_the_targets_of_a_pairs_row_follow_their_key_earlier_in_the_row(maker: RowMaker) -> None:
