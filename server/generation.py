@@ -129,7 +129,8 @@ class Generation:
             self.prompt_logprobs[prompt_index] = output.prompt_logprobs
         self._time(choice, len(output.tokens))
 
-        finish_reason, stop_reason = output.finish_reason, output.stop_reason
+        finish_reason: FinishReason | None = output.finish_reason
+        stop_reason: int | str | None = output.stop_reason
         if self.discard_tokens:
             if finish_reason is None:
                 return None

@@ -40,6 +40,13 @@ async def test_the_first_served_name_is_the_one_in_answers(make_client: MakeClie
     assert reply.json()["model"] == "tiny"
 
 
+async def test_null_is_as_good_as_absent(make_client: MakeClient) -> None:
+    names = ("n", "echo", "stream", "logprobs", "temperature", "stop", "logit_bias", "ignore_eos", "suffix")
+    reply = await make_client().post(URL, json={"prompt": "x", **dict.fromkeys(names)})
+    assert reply.status_code == 200
+    assert reply.json()["choices"][0]["text"] == "Hello"
+
+
 async def test_the_model_may_be_left_out(make_client: MakeClient) -> None:
     assert (await make_client().post(URL, json={"prompt": "x"})).status_code == 200
 

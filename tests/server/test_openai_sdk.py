@@ -22,7 +22,6 @@ KEY = "sk-test"
 MODEL = "org/tiny"
 CONTEXT = 2048
 USER: ChatCompletionUserMessageParam = {"role": "user", "content": "Hi"}
-# Few enough that the random model's end-of-text is not met by accident: the seed below decides.
 NUM_TOKENS = 8
 
 
@@ -41,7 +40,10 @@ def save_tiny_model(folder: Path) -> None:
         eos_token_id=EOS,
         dtype="float32",
     )
-    LlamaForCausalLM(config).save_pretrained(folder)
+    model = LlamaForCausalLM(config)
+    with torch.no_grad():
+        model.lm_head.weight[EOS] = 0.0  # never the likeliest: greedy answers are as long as asked for
+    model.save_pretrained(folder)
     save_byte_tokenizer(folder)
 
 
@@ -83,7 +85,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 
 def _wait_ready(process: "subprocess.Popen[bytes]", url: str, log: Path) -> None:
-    deadline_s = time.monotonic() + 120
+    deadline_s = time.monotonic() + 240
     while time.monotonic() < deadline_s:
         assert process.poll() is None, f"the server ended with {process.returncode}:\n{log.read_text()}"
         try:
@@ -92,7 +94,7 @@ def _wait_ready(process: "subprocess.Popen[bytes]", url: str, log: Path) -> None
         except httpx.TransportError:
             pass
         time.sleep(0.1)
-    raise AssertionError(f"the server is not ready after 120 s:\n{log.read_text()}")
+    raise AssertionError(f"the server is not ready after 240 s:\n{log.read_text()}")
 
 
 @pytest.fixture
@@ -161,11 +163,11 @@ async def test_the_async_client_gets_the_same(server: str, client: OpenAI) -> No
 
 def test_the_streaming_helper_accumulates_a_chat(client: OpenAI) -> None:
     with client.chat.completions.stream(model=MODEL, messages=[USER], max_tokens=4, temperature=0) as stream:
-        for _ in stream:
-            pass
-        final = stream.get_final_completion()
-    assert final.choices[0].message.role == "assistant"
-    assert final.choices[0].finish_reason == "length"
+        deltas = [event.delta for event in stream if event.type == "content.delta"]
+        choice = stream.current_completion_snapshot.choices[0]
+    assert choice.message.role == "assistant"
+    assert choice.message.content == "".join(deltas)
+    assert choice.finish_reason == "length"
 
 
 def test_a_seed_decides_the_tokens(client: OpenAI) -> None:

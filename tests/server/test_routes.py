@@ -154,3 +154,16 @@ async def test_every_reference_in_the_schema_leads_somewhere(make_app: MakeApp) 
     walk(page)
     assert {"Completion", "ChatCompletionChunk", "ErrorBody", "CompletionRequest"} <= found
     assert found <= set(schemas)
+
+
+async def test_a_models_own_sampling_fills_in_what_a_request_leaves_open(
+    make_client: MakeClient, tmp_path: Path
+) -> None:
+    (tmp_path / "generation_config.json").write_text('{"temperature": 0.6, "top_k": 20, "eos_token_id": 256}')
+    engine = FakeEngine()
+    client = make_client(engine, model=str(tmp_path))
+    await client.post("/v1/completions", json={"prompt": "x"})
+    await client.post("/v1/completions", json={"prompt": "x", "temperature": 0, "top_k": -1})
+    first, second = (request.params for request in engine.requests)
+    assert (first.temperature, first.top_k, first.top_p) == (0.6, 20, 1.0)
+    assert (second.temperature, second.top_k) == (0.0, -1)
