@@ -59,8 +59,8 @@ def build_engine(settings: EngineSettings) -> EngineCore:
         weights = dummy_weights(spec, dtype=dtype, device=device, seed=settings.seed)
     else:
         weights = load_weights(folder, spec, dtype=dtype, device=device, show_progress=True)
-    decoder = Decoder(spec, weights, max_model_len=max_model_len)
     pool = AttentionPool(num_threads=settings.threads)
+    decoder = Decoder(spec, weights, max_model_len=max_model_len, pool=pool)
     store = KVStore(spec, layout, num_pages, pool)
     eos_token_ids = find_eos_token_ids(folder, config)
     ready = Ready(
@@ -142,5 +142,3 @@ def find_eos_token_ids(folder: Path, config: PreTrainedConfig) -> tuple[int, ...
         elif isinstance(ids, list):
             found.update(ids)
     return tuple(sorted(found))
-
-

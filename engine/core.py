@@ -161,7 +161,9 @@ class EngineCore:
         """
         self._scheduler.check_integrity()
         live = self._scheduler.num_running + self._scheduler.num_waiting
-        assert live == len(self._choices), f"the scheduler has {live} sequences, the engine {len(self._choices)}"
+        assert live == len(self._choices), (
+            f"the scheduler has {live} sequences, the engine {len(self._choices)}"
+        )
         listed = sum(len(keys) for keys in self._keys.values())
         assert listed == len(self._choices), f"{listed} choices are listed, {len(self._choices)} are alive"
 
@@ -175,7 +177,9 @@ class EngineCore:
         highest, lowest = max(request.prompt), min(request.prompt)
         if lowest < 0 or highest >= self.ready.vocab_size:
             wrong = lowest if lowest < 0 else highest
-            raise InvalidRequest(f"token id {wrong} is outside the vocabulary of {self.ready.vocab_size}", "prompt")
+            raise InvalidRequest(
+                f"token id {wrong} is outside the vocabulary of {self.ready.vocab_size}", "prompt"
+            )
         room = self.ready.max_model_len - len(request.prompt)
         max_tokens = room if params.max_tokens is None else params.max_tokens
         if max_tokens > room or room < 1:
@@ -235,7 +239,9 @@ class EngineCore:
                 if place in result.invalid:
                     suspect.append(key)
                     text = "the model's logits are NaN or leave no token to choose; this request cannot go on"
-                    output = Output(id=choice.request.id, index=choice.index, finish_reason="error", error=text)
+                    output = Output(
+                        id=choice.request.id, index=choice.index, finish_reason="error", error=text
+                    )
                 else:
                     output = self._append(choice, token, logprob)
                 outputs.append(output)

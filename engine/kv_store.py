@@ -98,7 +98,7 @@ def choose_max_model_len(
     if asked > capacity:
         needed = -(-asked // layout.page_size)
         raise NotEnoughMemory(
-            f"one sequence of --max-model-len {asked} tokens needs {needed} pages ({needed * layout.page_bytes} bytes); "
+            f"one sequence of --max-model-len {asked} needs {needed} pages ({needed * layout.page_bytes} bytes); "
             f"the KV cache has {num_pages} ({num_pages * layout.page_bytes} bytes). Lower --max-model-len (or give "
             "`auto`), or raise --kv-cache-memory-bytes or --device-pages"
         )

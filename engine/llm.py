@@ -7,7 +7,14 @@ from typing import Any
 from hybridgen.configs.settings import chat_template, engine_settings, load_settings
 from hybridgen.engine.build import build_engine
 from hybridgen.engine.detokenizer import Detokenizer
-from hybridgen.engine.request import FinishReason, InvalidRequest, Output, Request, SamplingParams, TokenLogprob
+from hybridgen.engine.request import (
+    FinishReason,
+    InvalidRequest,
+    Output,
+    Request,
+    SamplingParams,
+    TokenLogprob,
+)
 from hybridgen.engine.tokenizer import Tokenizer
 from hybridgen.engine.weights import resolve_model
 
@@ -56,9 +63,7 @@ class LLM:
         source = resolved.tokenizer or str(
             resolve_model(resolved.model, revision=resolved.revision, download_dir=resolved.download_dir)
         )
-        self._tokenizer = Tokenizer(
-            source, revision=resolved.revision, chat_template=chat_template(resolved)
-        )
+        self._tokenizer = Tokenizer(source, revision=resolved.revision, chat_template=chat_template(resolved))
         self._num_requests = 0
 
     @property
@@ -87,10 +92,14 @@ class LLM:
         if sampling_params is None:
             sampling_params = SamplingParams()
         params = (
-            [sampling_params] * len(listed) if isinstance(sampling_params, SamplingParams) else sampling_params
+            [sampling_params] * len(listed)
+            if isinstance(sampling_params, SamplingParams)
+            else sampling_params
         )
         if len(params) != len(listed):
-            raise InvalidRequest(f"{len(listed)} prompts, but {len(params)} sampling_params", "sampling_params")
+            raise InvalidRequest(
+                f"{len(listed)} prompts, but {len(params)} sampling_params", "sampling_params"
+            )
         requests = [self._request(prompt, one) for prompt, one in zip(listed, params, strict=True)]
         answers = {
             request.id: _Answer(request, self._tokenizer, prompt if isinstance(prompt, str) else None)

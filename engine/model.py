@@ -13,6 +13,7 @@ from transformers.activations import ACT2FN
 
 from hybridgen.engine.model_spec import ModelSpec, RopeSpec, UnsupportedModel
 from hybridgen.engine.weights import LayerWeights, Linear, Norm, Weights
+from hybridgen.kernels.attention import AttentionPool
 from hybridgen.kernels.ops import fused_add_rms_norm, rms_norm, rotary_, silu_and_mul
 
 
@@ -64,11 +65,14 @@ class RotaryTable:
 class Decoder:
     """A decoder-only transformer, differences between families being fields of its ModelSpec."""
 
-    def __init__(self, spec: ModelSpec, weights: Weights, *, max_model_len: int) -> None:
+    def __init__(
+        self, spec: ModelSpec, weights: Weights, *, max_model_len: int, pool: AttentionPool | None = None
+    ) -> None:
         if spec.activation not in ACT2FN:
             raise UnsupportedModel(f"activation {spec.activation!r} is not known to transformers")
         self.spec = spec
         self._weights = weights
+        self._pool = pool  # shares out the row-wise operations when there are many rows
         self._activation: Callable[[Tensor], Tensor] = ACT2FN[spec.activation]
         device = weights.embedding.device
         self._rotary = None if spec.rope is None else RotaryTable(spec.rope, max_model_len, device)
@@ -95,8 +99,10 @@ class Decoder:
         if weights.positions is not None:
             x = x + F.embedding(positions + spec.learned_position_offset, weights.positions)
         rotation = None if self._rotary is None else self._rotary.lookup(positions, prompt_lens)
-        x = self._pre_norm_layers(x, rotation, attention, rows) if spec.pre_norm else (
-            self._post_norm_layers(x, rotation, attention)[rows]
+        x = (
+            self._pre_norm_layers(x, rotation, attention, rows)
+            if spec.pre_norm
+            else (self._post_norm_layers(x, rotation, attention)[rows])
         )
         return x if weights.project_out is None else F.linear(x, weights.project_out)
 
@@ -145,11 +151,13 @@ class Decoder:
         spec = self.spec
         heads = _linear(x, layer.qkv)
         heads = heads.view(len(x), spec.num_heads + 2 * spec.num_kv_heads, spec.head_dim)
-        q, k, v = heads.split((spec.num_heads, spec.num_kv_heads, spec.num_kv_heads), dim=1)
+        q = heads[:, : spec.num_heads]
+        k = heads[:, spec.num_heads : spec.num_heads + spec.num_kv_heads]
+        v = heads[:, spec.num_heads + spec.num_kv_heads :]
         if layer.q_norm is not None and layer.k_norm is not None:
-            q, k = rms_norm(q, layer.q_norm, spec.norm_eps), rms_norm(k, layer.k_norm, spec.norm_eps)
+            q, k = self._rms_norm(q, layer.q_norm), self._rms_norm(k, layer.k_norm)
         if rotation is not None:
-            rotary_(q, k, *rotation)
+            rotary_(q, k, *rotation, pool=self._pool)
         attention.store(index, k, v)
         out = attention.attend(index, q, sliding_window=spec.sliding_windows[index])
         return _linear(out.view(len(x), -1), layer.out)
@@ -159,7 +167,7 @@ class Decoder:
         if not self.spec.gated_mlp:
             up = self._activation(up)
         elif self.spec.activation == "silu":
-            up = silu_and_mul(up)
+            up = silu_and_mul(up, pool=self._pool)
         else:
             gate, up = up.chunk(2, dim=-1)
             up = self._activation(gate) * up
@@ -168,13 +176,16 @@ class Decoder:
     def _norm(self, x: Tensor, norm: Norm) -> Tensor:
         if self.spec.rms_norm:
             assert norm.weight is not None
-            return rms_norm(x, norm.weight, self.spec.norm_eps)
+            return self._rms_norm(x, norm.weight)
         return F.layer_norm(x, x.shape[-1:], norm.weight, norm.bias, self.spec.norm_eps)
+
+    def _rms_norm(self, x: Tensor, weight: Tensor) -> Tensor:
+        return rms_norm(x, weight, self.spec.norm_eps, pool=self._pool)
 
     def _add_norm(self, x: Tensor, residual: Tensor, norm: Norm) -> Tensor:
         """Add x to `residual` in place and return the norm of the sum."""
         if self.spec.rms_norm:
             assert norm.weight is not None
-            return fused_add_rms_norm(x, residual, norm.weight, self.spec.norm_eps)
+            return fused_add_rms_norm(x, residual, norm.weight, self.spec.norm_eps, pool=self._pool)
         residual += x
         return self._norm(residual, norm)

@@ -100,7 +100,9 @@ def _read_rope(config: PreTrainedConfig, head_dim: int) -> RopeSpec:
     if kind == "default":
         return RopeSpec(tuple((1.0 / theta**exponents).tolist()), 1.0)
     if kind not in ("linear", "dynamic", "llama3", "yarn"):
-        raise UnsupportedModel(f"rope type {kind!r} is not supported; supported: linear, dynamic, llama3, yarn")
+        raise UnsupportedModel(
+            f"rope type {kind!r} is not supported; supported: linear, dynamic, llama3, yarn"
+        )
     inv_freq, attention_factor = ROPE_INIT_FUNCTIONS[kind](config, torch.device("cpu"))
     if kind == "dynamic":
         return RopeSpec(
@@ -122,16 +124,19 @@ def _max_positions(config: PreTrainedConfig) -> int:
     if kind in ("linear", "dynamic"):
         return int(stated * parameters["factor"])
     if kind == "yarn":
-        return max(stated, int(parameters.get("original_max_position_embeddings", stated) * parameters["factor"]))
+        return max(
+            stated, int(parameters.get("original_max_position_embeddings", stated) * parameters["factor"])
+        )
     return stated
 
 
 def _sliding_windows(config: PreTrainedConfig) -> tuple[int, ...]:
-    window = getattr(config, "sliding_window", None) or 0
+    window: int = getattr(config, "sliding_window", None) or 0
     layer_types = getattr(config, "layer_types", None)
     if layer_types is not None:
         return tuple(window if kind == "sliding_attention" else 0 for kind in layer_types)
-    return (window,) * config.num_hidden_layers
+    num_layers: int = config.num_hidden_layers
+    return (window,) * num_layers
 
 
 def _read_llama(config: PreTrainedConfig) -> ModelSpec:

@@ -201,7 +201,8 @@ class Sampler:
         self._free.extend(range(size + more - 1, size - 1, -1))
 
     def _upload(self, values: npt.NDArray[Any]) -> Tensor:
-        return torch.from_numpy(np.ascontiguousarray(values)).to(self._device)
+        # A field of a structured array has strides that torch refuses, even where it is one element.
+        return torch.from_numpy(values.copy()).to(self._device)
 
     def _adjust(self, logits: Tensor, rows: _Int64, state: npt.NDArray[Any]) -> Tensor:
         """Float32 scores after minimum length, bias and penalties; the argument if nothing is to do."""
@@ -359,10 +360,11 @@ def _draw(scores: Tensor, state: npt.NDArray[Any]) -> tuple[Tensor, Tensor]:
         largest = scores.amax(-1, keepdim=True)
     temperature = torch.from_numpy(state["temperature"].copy()).to(device)
     # The difference first: score / temperature may overflow, difference / temperature only falls to -inf.
-    weights = torch.softmax((scores - largest).div_(temperature[:, None]), -1)
+    # The largest weight is 1. torch.softmax would wake all threads even for a batch of one.
+    weights = (scores - largest).div_(temperature[:, None]).exp_()
     if (state["min_p"] > 0).any():
         min_p = torch.from_numpy(state["min_p"].copy()).to(device)
-        weights.mul_(weights >= min_p[:, None] * weights.amax(-1, keepdim=True))
+        weights.mul_(weights >= min_p[:, None])
 
     top_k = np.where(state["top_k"] == 0, weights.shape[-1], np.minimum(state["top_k"], weights.shape[-1]))
     if ((top_k < weights.shape[-1]) | (state["top_p"] < 1)).any():
@@ -507,7 +509,8 @@ def _block_index(block: Tensor, num_columns: int) -> tuple[Tensor, Tensor]:
 
 def _token_logprobs(logits: Tensor, tokens: Tensor, num_top: list[int]) -> list[TokenLogprob]:
     """logits: [rows, vocab]; tokens: [rows], int64; num_top: alternatives for each row."""
-    logprobs = torch.log_softmax(logits.float(), -1)
+    shifted = logits.float() - logits.amax(-1, keepdim=True).float()
+    logprobs = shifted - shifted.exp().sum(-1, keepdim=True).log()
     chosen = logprobs.gather(1, tokens[:, None])
     # How many come before it: all that are larger, and those of the same value with a lower id.
     lower_id = torch.arange(logprobs.shape[-1], device=logprobs.device) < tokens[:, None]

@@ -123,7 +123,9 @@ def resolve_model(model: str, *, revision: str | None = None, download_dir: str 
     try:
         found = snapshot_download(model, revision=revision, cache_dir=download_dir, allow_patterns=patterns)
     except Exception as error:  # the hub client raises its own, requests' and OS errors alike
-        raise WeightError(f"{model!r} is no local folder and could not be had from the hub: {error}") from error
+        raise WeightError(
+            f"{model!r} is no local folder and could not be had from the hub: {error}"
+        ) from error
     return Path(found)
 
 
@@ -212,7 +214,9 @@ def _assemble(spec: ModelSpec, read: _Read) -> Weights:
     projected = embed != hidden
     return Weights(
         embedding=embedding,
-        positions=read(f"{names.prefix}embed_positions.weight", (rows, hidden)) if spec.rope is None else None,
+        positions=read(f"{names.prefix}embed_positions.weight", (rows, hidden))
+        if spec.rope is None
+        else None,
         project_in=read(f"{names.prefix}project_in.weight", (hidden, embed)) if projected else None,
         layers=tuple(layer(index) for index in range(spec.num_layers)),
         final_norm=norm(names.prefix + names.final_norm, hidden) if spec.final_norm else None,
@@ -286,7 +290,9 @@ def _check_tensors(spec: ModelSpec, files: dict[str, Path], handles: dict[Path, 
             problems.append(f"{name}: {error} in {path.name}")
             continue
         if actual != shape:
-            problems.append(f"{name} has shape {list(actual)} in {path.name}; the config implies {list(shape)}")
+            problems.append(
+                f"{name} has shape {list(actual)} in {path.name}; the config implies {list(shape)}"
+            )
     if problems:
         more = f" (and {len(problems) - 5} more)" if len(problems) > 5 else ""
         raise WeightError("; ".join(problems[:5]) + more)

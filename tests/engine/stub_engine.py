@@ -2,7 +2,7 @@
 
 Run as a script in place of `python -m hybridgen.engine.process`. Each step gives each running choice its
 next token: the prompt's first token plus the tokens so far. The model's name, and a prompt's first token,
-select what goes wrong.
+select what goes wrong; STUB_LOAD_S and STUB_STEP_S in the environment are the times of a start and of a step.
 """
 
 import os
@@ -15,13 +15,13 @@ from hybridgen.engine.process import main
 from hybridgen.engine.request import EngineStats, Output, Ready, Request
 
 REFUSED, RAISES = 400, 500  # first tokens
-STEP_S = {"slow": 0.02, "fast": 0.0}
 
 
 class StubCore:
     def __init__(self, settings: EngineSettings) -> None:
         if settings.model == "missing":
             raise FileNotFoundError("no such model: missing")
+        time.sleep(float(os.environ.get("STUB_LOAD_S", "0")))
         if settings.model == "exits":
             os._exit(3)
         self.ready = Ready(
@@ -33,7 +33,7 @@ class StubCore:
             num_parameters=int(os.environ["OMP_NUM_THREADS"]),  # to show that it arrives
             load_seconds=0.0,
         )
-        self._step_s = STEP_S.get(settings.model, 0.001)
+        self._step_s = float(os.environ.get("STUB_STEP_S", "0.001"))
         self._requests: dict[str, Request] = {}
         self._counts: dict[tuple[str, int], int] = {}
         self._refusals: list[Output] = []
@@ -68,7 +68,7 @@ class StubCore:
             if request.prompt[0] == RAISES:
                 raise RuntimeError("page 7 released twice")
             done = request.params.max_tokens is not None and count + 1 >= request.params.max_tokens
-            token = request.prompt[0] + count
+            token = (request.prompt[0] + count) % 128
             outputs.append(
                 Output(id=id, index=index, tokens=(token,), finish_reason="length" if done else None)
             )

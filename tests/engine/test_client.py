@@ -146,7 +146,7 @@ async def test_an_id_in_use_is_refused(client: EngineClient) -> None:
 
 
 async def test_a_killed_engine_ends_every_waiter_promptly() -> None:
-    client = await start("slow")
+    client = await start()
     tasks = [asyncio.create_task(collect(client, request(f"r{i}", max_tokens=None))) for i in range(8)]
     await until(lambda: client.stats.num_running == 8)
     begin = time.monotonic()
@@ -211,7 +211,7 @@ def test_a_killed_parent_leaves_no_engine_and_no_sockets(tmp_path: Path) -> None
         from hybridgen.engine.client import EngineClient
 
         async def main():
-            client = await EngineClient.start(EngineSettings(model="slow"), command={COMMAND!r})
+            client = await EngineClient.start(EngineSettings(model="stub"), command={COMMAND!r})
             print(client.process_id, client._folder, flush=True)
             await asyncio.sleep(60)
 
@@ -234,10 +234,11 @@ def test_a_killed_parent_leaves_no_engine_and_no_sockets(tmp_path: Path) -> None
         time.sleep(0.01)
 
 
-async def test_thousands_of_tokens_a_second_pass_through_one_process() -> None:
+async def test_thousands_of_tokens_a_second_pass_through_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
     # 64 requests of 100 tokens. The floor is far below what an idle machine does (bench it there): it is to
     # catch a mistake that makes the path slow as such, such as waiting once per token.
-    client = await start("fast")
+    monkeypatch.setenv("STUB_STEP_S", "0")
+    client = await start()
     begin = time.monotonic()
     answers = await asyncio.gather(*(collect(client, request(f"r{i}", 0, max_tokens=100)) for i in range(64)))
     elapsed_s = time.monotonic() - begin

@@ -1,8 +1,7 @@
-"""However tokens arrive, the pieces add up to the text, no piece breaks a character, and stop strings cut exactly."""
+"""However tokens arrive: the pieces add up to the text, none breaks a character, stop strings cut exactly."""
 
 import random
 import time
-from pathlib import Path
 
 import pytest
 from tokenizers import Tokenizer as RawTokenizer
@@ -79,14 +78,16 @@ def test_a_text_is_what_its_prompt_and_itself_decode_to_beyond_the_prompt(
 ) -> None:
     tokenizer, source = tokenizers[kind], random.Random(kind)
     words = [token for token in range(tokenizer.vocab_size) if len(tokenizer.token_bytes(token)) > 1]
+    num_compared = 0
     for _ in range(200):
         prompt, tokens = ([source.choice(words) for _ in range(source.randint(1, 12))] for _ in range(2))
         both, begin = (tokenizer.decode(ids, skip_special_tokens=True) for ids in (prompt + tokens, prompt))
-        if both.startswith(begin):
-            assert (
-                text_of(push_all(Detokenizer(tokenizer, SamplingParams(), prompt), [tokens]))
-                == both[len(begin) :]
-            )
+        # A prompt that ends within a character has no text of its own to take away.
+        if both.startswith(begin) and not begin.endswith("\ufffd"):
+            num_compared += 1
+            text = text_of(push_all(Detokenizer(tokenizer, SamplingParams(), prompt), [tokens]))
+            assert text == both[len(begin) :]
+    assert num_compared > 100
 
 
 @pytest.mark.parametrize("kind", ["byte_level", "llama", "metaspace"])
@@ -95,19 +96,18 @@ def test_a_character_split_over_tokens_comes_whole_with_its_last_byte(
     tokenizers: dict[str, Tokenizer], kind: str, character: str
 ) -> None:
     tokenizer = tokenizers[kind]
-    name = "{}".format if kind == "byte_level" else "<0x{:02X}>".format
     if kind == "byte_level":
         tokens = bytes_as_tokens(tokenizer, character)
     else:
         names = {tokenizer.token_name(token): token for token in range(tokenizer.vocab_size)}
-        tokens = [names[name(byte)] for byte in character.encode()]
+        tokens = [names[f"<0x{byte:02X}>"] for byte in character.encode()]
     detokenizer = Detokenizer(tokenizer, SamplingParams())
     pieces = [detokenizer.push([token], finished=False) for token in tokens]
     assert [piece.text for piece in pieces] == [""] * (len(tokens) - 1) + [character]
     assert [piece.offsets for piece in pieces] == [(0,)] * len(tokens)
 
 
-def test_a_character_that_is_never_completed_is_replaced_at_the_end_and_not_before(
+def test_a_character_that_is_never_completed_is_replaced_at_the_end_only(
     byte_level: Tokenizer,
 ) -> None:
     detokenizer = Detokenizer(byte_level, SamplingParams())

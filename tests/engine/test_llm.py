@@ -3,9 +3,9 @@
 from pathlib import Path
 
 import pytest
+
 from hybridgen import LLM, SamplingParams
 from hybridgen.engine.request import InvalidRequest
-
 from tests.models import save_byte_tokenizer, save_model
 
 GREEDY = SamplingParams(max_tokens=12, temperature=0.0, ignore_eos=True)

@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from hybridgen.configs.settings import EngineSettings
 from hybridgen.engine.build import build_engine
 from hybridgen.engine.core import EngineCore
 from hybridgen.engine.request import Request, SamplingParams
-
 from tests.models import CONFIGS, VOCAB_SIZE, generate, save_model
 
 NUM_TOKENS = 64
@@ -52,7 +52,9 @@ def engine(folder: Path, **settings: Any) -> EngineCore:
     return build_engine(EngineSettings(model=str(folder), **values))
 
 
-def run(core: EngineCore, requests: Mapping[str, tuple[Sequence[int], SamplingParams]]) -> dict[str, list[int]]:
+def run(
+    core: EngineCore, requests: Mapping[str, tuple[Sequence[int], SamplingParams]]
+) -> dict[str, list[int]]:
     """Serve all at once and return each request's tokens, checking the books after every step."""
     for name, (prompt, params) in requests.items():
         core.add(Request(id=name, prompt=list(prompt), params=params))
@@ -134,7 +136,9 @@ def test_sampled_tokens_of_a_seed_do_not_depend_on_the_batch(checkpoint: Checkpo
         str(index): (other, SamplingParams(max_tokens=40 + 5 * index, temperature=1.2, ignore_eos=True))
         for index, other in enumerate(prompts(seed=1))
     }
-    crowd = run(core, {**dict(list(others.items())[:4]), "x": (prompt, SEEDED), **dict(list(others.items())[4:])})
+    crowd = run(
+        core, {**dict(list(others.items())[:4]), "x": (prompt, SEEDED), **dict(list(others.items())[4:])}
+    )
     assert crowd["x"] == alone
     scarce = engine(checkpoint.folder, num_pages=16, max_model_len=200, max_num_batched_tokens=24)
     assert run(scarce, {**others, "x": (prompt, SEEDED)})["x"] == alone

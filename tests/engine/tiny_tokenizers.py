@@ -1,4 +1,4 @@
-"""Tokenizers of every kind the models bring, small enough to build in a test. Saved to a folder, as a model has it."""
+"""Tokenizers of every kind that models bring, built in a test and saved to a folder as a model has them."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +11,7 @@ CORPUS = (
     "the cat sat on the mat and the dog sat on the log",
     "naïve café, déjà vu; Straße; el niño",
     "привет мир, как дела",
-    "你好，世界。今天天气很好",
+    "你好。世界。今天天气很好",
     "emoji 🙂 and family 👨‍👩‍👧 and flag 🇫🇷",
     "  two spaces\n\tand a tab {json: [1, 2, 3]}",
 )

@@ -12,7 +12,7 @@ from hybridgen.kernels.attention import AttentionPool, AttentionStep, KVLayout, 
 # (kv_len, num_q) around every boundary: group of 16, page of 32, block of 512
 MIXED = (
     *((0, 0), (0, 1), (1, 1), (15, 1), (16, 2), (17, 17), (31, 1), (32, 1), (33, 2), (100, 64), (100, 1)),
-    *((512, 1), (513, 2), (1000, 17), (1000, 1), (1041, 64)),
+    *((512, 1), (513, 2), (1000, 17), (1000, 1), (641, 64)),
 )
 
 

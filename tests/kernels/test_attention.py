@@ -1,8 +1,8 @@
 """Paged attention on every instruction set of this machine against the float64 reference.
 
-Tolerances: float32 sums of up to 1,041 terms of size 1 are within 2e-6 of the exact ones (weights 3e-7 each, eps 6e-8
-a sum), lse within 2e-6 of its size. `avx512_bf16` rounds each weight to bfloat16: 2^-9 of the largest |v|, which is
-below 5 here, and less in a mean. A result in a 16-bit dtype is rounded once more: half a unit in its last place.
+Tolerances: a float32 logit of size 10 is off by some 2e-6 after 256 products, and so is its weight; hence
+1e-5 for a mean of values of size 1 to 5, and 4e-6 with 2e-6 of its size for lse. `avx512_bf16` rounds each
+weight to bfloat16: at most 2^-9 of the largest |v|, which is below 5 here.
 """
 
 import math
@@ -170,38 +170,38 @@ def attend_all(batch: Batch, pool: AttentionPool) -> tuple[Tensor, Tensor]:
 def test_the_number_of_threads_does_not_change_a_bit(
     pool: AttentionPool, dtype: torch.dtype, num_threads: int
 ) -> None:
-    batch = Batch(KVLayout(1, 2, 64, 32, dtype), lens=((3000, 1), (2000, 20), (700, 700), (9, 9)), group=3)
+    batch = Batch(KVLayout(1, 2, 64, 32, dtype), lens=((1600, 1), (1030, 9), (200, 200), (9, 9)), group=3)
     with AttentionPool(num_threads, isa=pool.isa) as other:
         for ours, theirs in zip(attend_all(batch, pool), attend_all(batch, other), strict=True):
             assert torch.equal(ours, theirs)
 
 
 def test_the_rest_of_the_batch_does_not_change_a_bit(pool: AttentionPool, dtype: torch.dtype) -> None:
-    together = Batch(KVLayout(1, 2, 96, 32, dtype), lens=((1500, 1), (1000, 33), (40, 40), (700, 2)), group=3)
+    together = Batch(KVLayout(1, 2, 96, 32, dtype), lens=((1100, 1), (600, 33), (40, 40), (550, 2)), group=3)
     out, lse = attend_all(together, pool)
     for seq, kv_len in enumerate(together.kv_len):
         begin, end = together.query_begin[seq], together.query_begin[seq + 1]
         alone = AttentionStep(
-            pool, together.layout, together.k_pages, together.v_pages, query_begin=[0, end - begin], kv_len=[kv_len],
-            block_table=[together.block_table[seq]], num_heads=6, scale=together.scale,
+            pool, together.layout, together.k_pages, together.v_pages,
+            query_begin=[0, end - begin], kv_len=[kv_len], block_table=[together.block_table[seq]], num_heads=6, scale=together.scale,
         )  # fmt: skip
         alone_out, alone_lse = alone.attend(0, together.q[begin:end], return_lse=True)
         assert torch.equal(alone_out, out[begin:end])
         assert torch.equal(alone_lse, lse[begin:end])
 
 
-@pytest.mark.parametrize("sliding_window", [0, 301])
-@pytest.mark.parametrize("chunk", [1, 7, 64])
+@pytest.mark.parametrize("sliding_window", [0, 101])
+@pytest.mark.parametrize("chunk", [7, 64])
 def test_the_chunks_of_a_prompt_do_not_change_a_bit(
     pool: AttentionPool, dtype: torch.dtype, chunk: int, sliding_window: int
 ) -> None:
-    whole = Batch(KVLayout(1, 2, 80, 32, dtype), lens=((1100, 130),), group=3)
+    whole = Batch(KVLayout(1, 2, 80, 32, dtype), lens=((600, 130),), group=3)
     out = whole.step(pool).attend(0, whole.q, sliding_window=sliding_window)
     for begin in range(0, 130, chunk):
         end = min(begin + chunk, 130)
         step = AttentionStep(
-            pool, whole.layout, whole.k_pages, whole.v_pages, query_begin=[0, end - begin], kv_len=[970 + end],
-            block_table=whole.block_table, num_heads=6, scale=whole.scale,
+            pool, whole.layout, whole.k_pages, whole.v_pages,
+            query_begin=[0, end - begin], kv_len=[470 + end], block_table=whole.block_table, num_heads=6, scale=whole.scale,
         )  # fmt: skip
         assert torch.equal(step.attend(0, whole.q[begin:end], sliding_window=sliding_window), out[begin:end])
 
@@ -216,22 +216,21 @@ def test_every_path_agrees_with_the_scalar_one(isa: str, dtype: torch.dtype) -> 
 
 
 def test_two_python_threads_can_share_a_pool(pool: AttentionPool) -> None:
-    batches = [Batch(KVLayout(1, 2, 64, 32, torch.bfloat16), seed=seed, group=2) for seed in range(2)]
+    batches = [Batch(KVLayout(1, 1, 64, 32, torch.bfloat16), seed=seed, group=2) for seed in range(2)]
     expected = [attend_all(batch, pool)[0] for batch in batches]
-    wrong: list[int] = []
+    right: list[bool] = []
 
     def work(index: int) -> None:
         step = batches[index].step(pool)
-        for _ in range(50):
-            if not torch.equal(step.attend(0, batches[index].q, return_lse=True)[0], expected[index]):
-                wrong.append(index)
+        outs = [step.attend(0, batches[index].q, return_lse=True)[0] for _ in range(10)]
+        right.extend(torch.equal(out, expected[index]) for out in outs)
 
     threads = [threading.Thread(target=work, args=(index,)) for index in range(2)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert not wrong
+    assert right == [True] * 20
 
 
 def test_a_closed_pool_works_in_the_calling_thread() -> None:
@@ -255,7 +254,7 @@ def test_idle_threads_sleep() -> None:
 
 def test_a_fresh_cache_costs_no_memory() -> None:
     layout = KVLayout(32, 8, 128, 32, torch.bfloat16)
-    num_pages = (64 << 30) // layout.page_bytes
+    num_pages = (4 << 30) // layout.page_bytes
     k_pages, v_pages = allocate_pages(layout, num_pages)
     assert k_pages.shape == layout.k_shape(num_pages)
     assert k_pages.nbytes + v_pages.nbytes == num_pages * layout.page_bytes
@@ -305,11 +304,11 @@ def test_tensors_of_the_wrong_shape_dtype_or_stride_are_refused() -> None:
             batch.q.transpose(0, 1),
             torch.empty(2, 8, 2).transpose(1, 2),
         ):
-            with pytest.raises(ValueError, match="expected torch.float32"):
+            with pytest.raises(ValueError, match="expected torch"):
                 step.attend(0, q)
         with pytest.raises(ValueError, match=r"layer 1 is not in \[0, 1\)"):
             step.attend(1, batch.q)
-        with pytest.raises(ValueError, match="expected torch.float32"):
+        with pytest.raises(ValueError, match="expected torch"):
             step.store(0, batch.q, batch.q[:1])
 
 

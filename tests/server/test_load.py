@@ -81,7 +81,9 @@ def gauges(base: str) -> dict[str, float]:
     found = {}
     for line in httpx.get(f"{base}/metrics").text.splitlines():
         name, _, value = line.rpartition(" ")
-        if name.startswith(("hybridgen:kv_pages{", "vllm:num_requests_running", "vllm:num_requests_waiting{")):
+        if name.startswith(
+            ("hybridgen:kv_pages{", "vllm:num_requests_running", "vllm:num_requests_waiting{")
+        ):
             key = name.split('state="')[1].split('"')[0] if "state=" in name else name.split("{")[0]
             found[key] = float(value)
     return found
