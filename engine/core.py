@@ -99,7 +99,9 @@ class EngineCore:
         try:
             self._admit(request)
         except (InvalidRequest, NeverFits) as error:
-            self._pending.append(Output(id=request.id, finish_reason="error", error=str(error)))
+            param = error.param if isinstance(error, InvalidRequest) else "max_tokens"
+            refusal = Output(id=request.id, finish_reason="error", error=str(error), refused=param)
+            self._pending.append(refusal)
 
     def abort(self, ids: Sequence[str]) -> None:
         """End these requests and free their pages; unknown ids are ignored, since they may just have ended."""

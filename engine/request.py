@@ -181,7 +181,9 @@ class Output(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     finish_reason: FinishReason | None = None
     stop_reason: int | None = None  # the stop token id that matched; None for end-of-text
     num_cached_tokens: int = 0  # prompt tokens whose KV was found in the prefix cache
-    error: str | None = None  # with finish_reason "error" or a refusal: what went wrong, with the numbers
+    error: str | None = None  # with finish_reason "error": what went wrong, with the numbers
+    # With `error`: the request was refused before anything was computed, because of this field of it.
+    refused: str | None = None
 
 
 class EngineStats(msgspec.Struct, frozen=True, kw_only=True):

@@ -114,12 +114,9 @@ class Generation:
         index = prompt_index * self.params.n + output.index
         choice = self._choices[index]
         if output.error is not None:
-            # Without a token yet, the engine would not take the request: the client asked for too much.
-            status = 500 if any(other.num_tokens for other in self._choices) else 400
-            kind = "server_error" if status == 500 else "invalid_request_error"
-            raise ApiError(
-                status, output.error, type=kind, code="refused" if status == 400 else "engine_error"
-            )
+            if output.refused is not None:
+                raise ApiError(400, output.error, param=output.refused, code="refused")
+            raise ApiError(500, output.error, type="server_error", code="engine_error")
         if choice.has_finished:
             return None  # a stop string matched while this was on its way
         if output.index == 0 and choice.num_tokens == 0:

@@ -341,7 +341,7 @@ async def test_special_tokens_are_shown_on_request(make_client: MakeClient) -> N
 
 
 async def test_a_refusal_of_the_engine_is_the_clients_error(make_client: MakeClient) -> None:
-    refusal = Output(id="", finish_reason="error", error="needs 9 pages of 4")
+    refusal = Output(id="", finish_reason="error", error="needs 9 pages of 4", refused="max_tokens")
     for stream in (False, True):
         engine = FakeEngine(lambda _: [refusal])
         reply = await make_client(engine).post(URL, json={"prompt": "x", "n": 2, "stream": stream})
