@@ -43,14 +43,21 @@ $(VENV)/.torch: constraints.txt
 	TORCH_CPU_INDEX="$(TORCH_CPU_INDEX)" scripts/install-torch $(BIN)/python
 	touch $@
 
+# Where Python's headers are not installed, they are unpacked into the environment (scripts/python-headers).
+INSTALL = headers=$$(scripts/python-headers $(BIN)/python $(VENV)/headers) && \
+	if [ -n "$$headers" ]; then \
+		export CPATH="$$PWD/$${headers%/*}" SKBUILD_CMAKE_ARGS="-DPython_INCLUDE_DIR=$$PWD/$$headers"; \
+	fi && \
+	$(BIN)/pip install --quiet --constraint constraints.txt
+
 SOURCES := pyproject.toml CMakeLists.txt $(wildcard kernels/csrc/*)
 
 $(VENV)/.installed: $(VENV)/.torch $(SOURCES)
-	$(BIN)/pip install --quiet --constraint constraints.txt -e .
+	$(INSTALL) -e .
 	touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.torch $(SOURCES)
-	$(BIN)/pip install --quiet --constraint constraints.txt -e '.[test,dev]'
+	$(INSTALL) -e '.[test,dev]'
 	touch $@ $(VENV)/.installed
 
 clean:
