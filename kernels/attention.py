@@ -1,14 +1,15 @@
 """Attention over paged KV on the CPU: decode and extend (chunked prefill, prefix hits) in one exact kernel.
 
-Keys are read in blocks of 512 tokens at absolute positions; each block is attended with its own maximum and the
-blocks are merged from left to right, as in FlashAttention (arXiv 2205.14135) and Flash-Decoding. A row's result
-therefore depends on its own query and keys only: not on the number of threads, the other sequences of the batch or
-the way the prompt was cut into chunks, bit for bit.
+Keys are read in blocks of 512 tokens at absolute positions; each block is attended with its own maximum and
+the blocks are merged from left to right, as in FlashAttention (arXiv 2205.14135) and Flash-Decoding. A row's
+result therefore depends on its own query and keys only: not on the number of threads, the other sequences of
+the batch or the way the prompt was cut into chunks, bit for bit.
 
-Arithmetic is float32. Softmax weights have a relative error of 3e-7 (`avx512_bf16` with bfloat16 KV: 3e-6, and each
-weight is rounded to bfloat16 for its product with V, 2^-9, as the dtype of the output is).
+Arithmetic is float32. Softmax weights have a relative error of 3e-7; on `avx512_bf16` with bfloat16 KV it is
+3e-6, and each weight is rounded to bfloat16 for its product with V, which costs 2^-9 as the output's rounding
+does.
 
-The C++ side is in csrc/: `attend_inl.h` is the algorithm, `pool.h` the threads, `step.h` the sharing-out of work.
+In csrc/, `attend_inl.h` is the algorithm, `pool.h` the threads and `step.h` the sharing-out of work.
 """
 
 import mmap
@@ -36,7 +37,7 @@ class KVLayout:
     """Shape of a KV page. A page holds `page_size` tokens of one sequence, for all layers and KV heads.
 
     K and V are two tensors with the page first, so that they can be placed apart. K keeps the dim pairs of 16
-    tokens side by side and V the dims of token pairs: what a dot-product instruction takes from memory as it is.
+    tokens side by side and V the dims of token pairs: what a dot-product instruction takes as it is.
     """
 
     num_layers: int
@@ -72,8 +73,8 @@ class KVLayout:
 
 
 def allocate_pages(layout: KVLayout, num_pages: int) -> tuple[Tensor, Tensor]:
-    """Zeroed K and V pages. Memory is taken from the system page by page as it is written, in huge pages where
-    the system grants them, so a large cache costs nothing at start-up.
+    """Zeroed K and V pages. The system provides the memory piece by piece as it is written, in huge pages
+    where it grants them, so a large cache costs nothing at start-up.
 
     Raises:
         OSError: the address space or the overcommit limit does not allow it.
@@ -90,7 +91,9 @@ def _map_zeros(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         count *= size
     if count == 0:
         return torch.zeros(shape, dtype=dtype)
-    region = mmap.mmap(-1, count * dtype.itemsize + HUGE_PAGE_BYTES)
+    # Private: the kernel gives huge pages to shared mappings by another rule, which is mostly "never".
+    num_bytes = count * dtype.itemsize + HUGE_PAGE_BYTES
+    region = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     region.madvise(mmap.MADV_HUGEPAGE)
     # The tensor keeps the mapping alive; skip to the first huge-page boundary in it.
     whole = torch.frombuffer(region, dtype=torch.uint8)
@@ -99,10 +102,10 @@ def _map_zeros(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
 
 
 class AttentionPool:
-    """Threads that attend, one pinned to each CPU, asleep between jobs; the calling thread is one of the workers.
+    """Threads that attend, one pinned to each CPU, asleep between jobs; the calling thread works too.
 
-    Jobs of one pool run one after another, whichever threads submit them. After a fork the child's pool works in
-    the calling thread alone. `close` (or the end of a `with` block) ends the threads.
+    Jobs of one pool run one after another, whichever threads submit them. After a fork the child's pool works
+    in the calling thread alone. `close` (or the end of a `with` block) ends the threads.
 
     Args:
         num_threads: including the caller; default: one for each of `cpus`.
@@ -142,8 +145,8 @@ class AttentionPool:
 class AttentionStep:
     """The attention of one forward pass: built once, then `store` and `attend` for each layer.
 
-    Sequence s has the query rows `[query_begin[s], query_begin[s + 1])`, which are the last of its `kv_len[s]`
-    tokens. Its keys lie in the pages of `block_table[s]`, in token order; entries past its last page are not read.
+    Sequence s has the query rows `[query_begin[s], query_begin[s + 1])`, the last of its `kv_len[s]` tokens.
+    Its keys lie in the pages of `block_table[s]`, in token order; entries past its last page are not read.
 
     Args:
         k_pages, v_pages: as `allocate_pages` gives them; not copied, and kept alive.
@@ -172,7 +175,7 @@ class AttentionStep:
         num_pages = k_pages.shape[0]
         if k_pages.shape != layout.k_shape(num_pages) or v_pages.shape != layout.v_shape(num_pages):
             raise ValueError(
-                f"pages of shapes {tuple(k_pages.shape)} and {tuple(v_pages.shape)} are not in the layout {layout}"
+                f"page shapes {tuple(k_pages.shape)}, {tuple(v_pages.shape)} do not have the layout {layout}"
             )
         for pages in (k_pages, v_pages):
             if pages.dtype != layout.dtype or pages.device.type != "cpu" or not pages.is_contiguous():
@@ -263,8 +266,8 @@ class AttentionStep:
             out: [tokens, num_heads, head_dim] to write to; float32 if `return_lse`, else of q's dtype.
 
         Returns:
-            out, or (out, lse) as `merge` takes them: out in float32, lse [tokens, num_heads], natural log. A query
-            that sees no key gives out = 0 and lse = -inf.
+            out, or (out, lse) as `merge` takes them: out in float32, lse [tokens, num_heads], natural log.
+            A query that sees no key gives out = 0 and lse = -inf.
         """
         q_stride = self._row_stride(q, self._q_shape)
         out_dtype = torch.float32 if return_lse else q.dtype

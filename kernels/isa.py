@@ -1,4 +1,4 @@
-"""Which instruction-set path the C++ kernels take: the best that this CPU has, or the one asked for by name."""
+"""Which instruction-set path the C++ kernels take: the best this CPU has, or the one asked for by name."""
 
 import os
 
@@ -8,7 +8,7 @@ ISA_VARIABLE = "HYBRIDGEN_CPU_ISA"
 
 
 class UnsupportedIsa(ValueError):
-    """The path asked for by name is unknown, was not built, or cannot run on this CPU. Unset or correct it."""
+    """The path asked for is unknown, was not built, or cannot run on this CPU. Unset or correct the name."""
 
 
 def supported_isas() -> tuple[str, ...]:

@@ -1,7 +1,7 @@
 """Row-wise operations between the linear layers, each one pass over memory, on the CPU.
 
-They run in the calling thread, or over `pool` when there are many rows. float32, bfloat16 and float16; arithmetic is
-float32 and the result has the dtype of the input. `reference.py` has the same functions in plain PyTorch.
+They run in the calling thread, or over `pool` when there are many rows. float32, bfloat16 and float16;
+arithmetic is float32 and the result has the dtype of the input. `reference.py` has the same in plain PyTorch.
 """
 
 from functools import cache
@@ -46,8 +46,7 @@ def rms_norm(
     """x / rms(x) * weight over the last dim, rounded as Hugging Face rounds it: before and after the weight.
 
     Args:
-        x: [.., n]; with more than two dims the leading ones must be evenly spaced (a contiguous tensor, or heads of
-            a fused projection viewed as [tokens, heads, n], which is handled token by token).
+        x: [rows, n], or contiguous [.., n], or heads of a fused projection viewed as [tokens, heads, n].
         out: like x; may be x itself.
     """
     if out is None:
@@ -73,7 +72,7 @@ def rms_norm(
 
 
 def _as_rows(x: Tensor, out: Tensor) -> list[tuple[Tensor, Tensor]]:
-    """x and out as pairs of [rows, n]: one when all rows are evenly spaced in both, else one for each head."""
+    """x and out as pairs of [rows, n]: one pair where all rows are evenly spaced, else one for each head."""
     _check("x", x, tuple(x.shape), x.dtype)
     _check("out", out, tuple(x.shape), x.dtype)
     if x.dim() == 2:

@@ -1,4 +1,4 @@
-"""Every kernel in plain PyTorch: the specification that the fast ones are tested against. Works in any float dtype."""
+"""Every kernel in plain PyTorch, in any float dtype: the specification that the fast ones must match."""
 
 from collections.abc import Sequence
 
@@ -7,9 +7,9 @@ from torch import Tensor
 
 
 def pack_k(k: Tensor) -> Tensor:
-    """Tokens of one page to its K half: [page_size, .., head_dim] -> [.., page_size / 16, head_dim / 2, 16, 2]."""
+    """A page's tokens to K: [page_size, .., head_dim] -> [.., page_size / 16, head_dim / 2, 16, 2]."""
     page_size, head_dim = k.shape[0], k.shape[-1]
-    groups = k.movedim(0, -2).unflatten(-1, (head_dim // 2, 2)).unflatten(-3, (page_size // 16, 16))
+    groups = k.movedim(0, -2).reshape(*k.shape[1:-1], page_size // 16, 16, head_dim // 2, 2)
     return groups.transpose(-3, -2).contiguous()
 
 
@@ -19,8 +19,9 @@ def unpack_k(page: Tensor) -> Tensor:
 
 
 def pack_v(v: Tensor) -> Tensor:
-    """Tokens of one page to its V half: [page_size, .., head_dim] -> [.., page_size / 2, head_dim, 2]."""
-    return v.movedim(0, -2).unflatten(-2, (v.shape[0] // 2, 2)).transpose(-2, -1).contiguous()
+    """A page's tokens to V: [page_size, .., head_dim] -> [.., page_size / 2, head_dim, 2]."""
+    pairs = v.movedim(0, -2).reshape(*v.shape[1:-1], v.shape[0] // 2, 2, v.shape[-1])
+    return pairs.transpose(-2, -1).contiguous()
 
 
 def unpack_v(page: Tensor) -> Tensor:
@@ -48,8 +49,7 @@ def store(
             if position < 0:
                 continue
             page, offset = block_table[seq][position // page_size], position % page_size
-            k_token = k[row].unflatten(-1, (-1, 2))
-            k_pages[page, layer, :, offset // 16, :, offset % 16, :] = k_token
+            k_pages[page, layer, :, offset // 16, :, offset % 16, :] = k[row].reshape(k.shape[1], -1, 2)
             v_pages[page, layer, :, offset // 2, :, offset % 2] = v[row]
 
 
@@ -130,7 +130,7 @@ def merge(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[T
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """Normalise the last dim in float32, round to x's dtype, then multiply by weight, as Hugging Face does."""
+    """Normalise the last dim in float32, round to x's dtype, multiply by weight: as Hugging Face does."""
     wide = x.float()
     scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
     return (wide * scale).to(x.dtype) * weight
@@ -151,7 +151,7 @@ def rotary_(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> None:
     """
     n = cos.shape[1]
     for heads in (q, k):
-        a, b = heads[..., :n].float(), heads[..., n : 2 * n].float()
+        a, b = heads[..., : 2 * n].to(torch.float32, copy=True).chunk(2, dim=-1)
         c, s = cos[:, None, :], sin[:, None, :]
         heads[..., :n] = (a * c - b * s).to(heads.dtype)
         heads[..., n : 2 * n] = (b * c + a * s).to(heads.dtype)

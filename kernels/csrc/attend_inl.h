@@ -17,7 +17,8 @@
 // Every sum is one chain in a fixed order, whatever the tile, and blocks are merged left to right: a row's result
 // depends neither on the rows computed beside it nor on how the blocks were shared out.
 
-constexpr int kBlockPointers = 3 * kBlockGroups;
+constexpr int kAheadGroups = 4;  // how far V is prefetched; K by the height of its tile, which is at most this
+constexpr int kBlockPointers = 2 * kBlockGroups + kAheadGroups;
 
 template <class Ops>
 struct Block {  // the keys of one block that at least one row sees
@@ -116,7 +117,7 @@ void value_tile(const typename Ops::Query* weights, const Block<Ops>& block, int
     const int group = pair / kGroupPairs;
     const int group_end = (group + 1) * kGroupPairs < end ? (group + 1) * kGroupPairs : end;
     const Element* v = groups[group] + (pair % kGroupPairs * head_dim + first_dim) * 2;
-    const Element* next = groups[group + 2] + (pair % kGroupPairs * head_dim + first_dim) * 2;
+    const Element* next = groups[group + kAheadGroups] + (pair % kGroupPairs * head_dim + first_dim) * 2;
     for (; pair < group_end; ++pair, v += 2 * head_dim, next += 2 * head_dim) {
 #pragma GCC unroll 16
       for (int x = 0; x < X; ++x) Ops::prefetch(next + x * kVectorPairs * 2);
@@ -307,6 +308,7 @@ void find_block(const AttendTask& task, int index, Block<Ops>& block) {
   const int page_groups = task.page_size / kGroupTokens;
   const int64_t group_elements = static_cast<int64_t>(kGroupTokens) * task.head_dim;
   const int n = block.num_groups;
+  const int last_group = (task.position + task.num_queries - 1) / kGroupTokens;
   for (int i = 0; i < n; ++i) {
     const int group = first_group + i;
     const int64_t offset =
@@ -314,8 +316,13 @@ void find_block(const AttendTask& task, int index, Block<Ops>& block) {
     block.groups[i] = static_cast<const Element*>(task.k) + offset;
     block.groups[n + i] = static_cast<const Element*>(task.v) + offset;
   }
-  // What a look-ahead past the end finds: the last group again.
-  for (int i = 2 * n; n > 0 && i < min_int(2 * n + 8, kBlockPointers); ++i) block.groups[i] = block.groups[2 * n - 1];
+  // What a look-ahead past the end finds: the next block's keys, or the last group again.
+  for (int i = 0; n > 0 && i < kAheadGroups; ++i) {
+    const int group = first_group + n + i;
+    const int64_t offset = task.block_table[min_int(group, last_group) / page_groups] * task.page_stride +
+                           group % page_groups * group_elements;
+    block.groups[2 * n + i] = static_cast<const Element*>(task.k) + offset;
+  }
 }
 
 template <class Ops>

@@ -10,7 +10,14 @@ struct Float16 {
 
 inline float to_float(float x) { return x; }
 inline float to_float(BFloat16 x) { return __builtin_bit_cast(float, static_cast<uint32_t>(x.bits) << 16); }
-inline float to_float(Float16 x) { return static_cast<float>(__builtin_bit_cast(_Float16, x.bits)); }
+inline float to_float(Float16 x) {
+  // In integers and one exact product, so that loops over it become vectors without F16C too.
+  const uint32_t magnitude = x.bits & 0x7fffu;
+  const float value = __builtin_bit_cast(float, magnitude << 13) * 0x1p112f;  // moves the exponent, subnormals too
+  const uint32_t special = magnitude >= 0x7c00u ? 0x7f800000u : 0u;           // inf and NaN keep their exponent
+  const uint32_t sign = static_cast<uint32_t>(x.bits & 0x8000u) << 16;
+  return __builtin_bit_cast(float, __builtin_bit_cast(uint32_t, value) | special | sign);
+}
 
 // Round to nearest even, as torch does.
 template <class T>

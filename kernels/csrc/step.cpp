@@ -15,7 +15,7 @@ constexpr double kBytesPerSecond = 15e9;  // of one thread, rough
 constexpr double kFlopsPerSecond = 80e9;
 
 constexpr int32_t kStoreTokens = 64;  // to one item
-constexpr int32_t kSmallRows = 16;    // up to here a tile is cut into single blocks: its time is that of reading KV
+constexpr int32_t kSmallRows = 16;    // up to here a tile takes the time of reading its KV, and is cut
 constexpr int64_t kMaxPartialFloats = int64_t{16} << 20;
 
 int32_t ceil_div(int32_t a, int32_t b) { return (a + b - 1) / b; }
@@ -172,6 +172,10 @@ const Step::Plan& Step::plan(int32_t sliding_window) {
 
   // Cutting a tile into blocks changes no bit of its result, so it is a matter of time and memory alone.
   const bool few = plan->tiles.size() * layout_.num_kv_heads < size_t(4 * pool_.num_threads());
+  int64_t num_blocks = 0;
+  for (const Tile& tile : plan->tiles) num_blocks += int64_t{tile.block_end - tile.block_begin} * layout_.num_kv_heads;
+  // Some blocks in a row to an item, so that one's end prefetches the next one's beginning, while items are plenty.
+  const auto run_blocks = static_cast<int32_t>(std::clamp<int64_t>(num_blocks / (8 * pool_.num_threads()), 1, 8));
   double seconds = 0;
   int64_t floats = 0;
   int32_t most_rows = 1;
@@ -181,13 +185,13 @@ const Step::Plan& Step::plan(int32_t sliding_window) {
     most_rows = std::max(most_rows, rows);
     const int32_t blocks = tile.block_end - tile.block_begin;
     const int64_t tile_floats = partial_floats(rows, layout_.head_dim) * blocks;
-    const bool cut = blocks > 1 && pool_.num_threads() > 1 &&
+    const bool cut = pool_.num_threads() > 1 && blocks > run_blocks &&
                      (rows <= kSmallRows || (few && floats + tile_floats * layout_.num_kv_heads < kMaxPartialFloats));
     tile.pending = 1;
-    const int32_t step = cut ? 1 : std::max(1, blocks);
+    const int32_t step = cut ? run_blocks : std::max(1, blocks);
     if (cut) {
       tile.partial = floats;
-      tile.pending = blocks;
+      tile.pending = ceil_div(blocks, step);
       floats += tile_floats * layout_.num_kv_heads;
     }
     const int32_t key_end = tile.position + tile.num_queries;

@@ -1,0 +1,58 @@
+import os
+import subprocess
+import sys
+
+import pytest
+
+from hybridgen.kernels.attention import AttentionPool
+from hybridgen.kernels.isa import ISA_VARIABLE, UnsupportedIsa, select_isa, supported_isas
+
+
+def test_the_fastest_supported_path_is_the_default(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(ISA_VARIABLE, raising=False)
+    assert supported_isas()[0] == "scalar"
+    assert select_isa() == supported_isas()[-1]
+
+
+def test_the_environment_forces_a_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(ISA_VARIABLE, "scalar")
+    assert select_isa() == "scalar"
+    with AttentionPool(1) as pool:
+        assert pool.isa == "scalar"
+
+
+def test_an_argument_wins_over_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(ISA_VARIABLE, "sse9")
+    assert select_isa("scalar") == "scalar"
+
+
+def test_an_unknown_path_is_refused_with_what_there_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(ISA_VARIABLE, "sse9")
+    with pytest.raises(UnsupportedIsa, match=r"HYBRIDGEN_CPU_ISA='sse9' .* supports scalar"):
+        AttentionPool(1)
+
+
+FORK = """
+import os, torch
+from hybridgen.kernels.attention import AttentionPool
+from tests.kernels.paged import Batch
+from hybridgen.kernels.attention import KVLayout
+batch = Batch(KVLayout(1, 2, 64, 32, torch.float32), group=2)
+pool = AttentionPool(2)
+expected = batch.step(pool).attend(0, batch.q)
+child = os.fork()
+if child == 0:
+    same = torch.equal(batch.step(pool).attend(0, batch.q), expected)
+    pool.close()
+    os._exit(0 if same else 1)
+assert os.waitpid(child, 0)[1] == 0
+assert torch.equal(batch.step(pool).attend(0, batch.q), expected)
+"""
+
+
+def test_a_forked_child_can_attend_and_close() -> None:
+    """In a process of its own: forking one with threads warns."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    # torch's own OpenMP threads do not survive a fork; ours must not need them.
+    done = subprocess.run([sys.executable, "-c", FORK], env=environment, timeout=60, check=False)
+    assert done.returncode == 0
