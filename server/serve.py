@@ -7,10 +7,12 @@ answered in each state is the application's business, by way of `Lifecycle`.
 
 import asyncio
 import contextlib
+import functools
 import logging
 import signal
 import socket
-from collections.abc import Coroutine, Iterator, Sequence
+import threading
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -188,7 +190,12 @@ async def _load(settings: Settings, engine_command: Sequence[str]) -> "tuple[Eng
         CannotServe: one of them cannot be loaded.
     """
     engine = asyncio.create_task(EngineClient.start(engine_settings(settings), command=engine_command))
-    tokenizer = asyncio.create_task(asyncio.to_thread(load_tokenizer, settings))
+    tokenizer: asyncio.Future[Tokenizer] = asyncio.get_running_loop().create_future()
+    # A thread of its own, since the loop would wait for those of its executor when it ends, and a download from
+    # a hub that does not answer takes minutes.
+    threading.Thread(
+        target=_load_tokenizer, args=(settings, tokenizer), name="tokenizer", daemon=True
+    ).start()
     try:
         return await asyncio.gather(engine, tokenizer)
     except BaseException as error:
@@ -201,6 +208,19 @@ async def _load(settings: Settings, engine_command: Sequence[str]) -> "tuple[Eng
         if isinstance(error, Exception):
             raise CannotServe(f"cannot load the tokenizer: {error}") from error
         raise
+
+
+def _load_tokenizer(settings: Settings, result: "asyncio.Future[Tokenizer]") -> None:
+    """On a thread of its own: give the loaded tokenizer, or the exception, to the event loop."""
+    loop = result.get_loop()
+    give: Callable[[], None]
+    try:
+        give = functools.partial(result.set_result, load_tokenizer(settings))
+    except Exception as error:
+        give = functools.partial(result.set_exception, error)
+    # Where the engine could not be loaded, or a signal came, nobody wants it, and the loop may be gone.
+    with contextlib.suppress(RuntimeError):
+        loop.call_soon_threadsafe(lambda: None if result.done() else give())
 
 
 async def _drain(
