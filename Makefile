@@ -8,13 +8,14 @@ BIN := $(VENV)/bin
 TORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
 ARGS ?=
 
-.PHONY: serve test test-fast check format wheel clean distclean help
+.PHONY: serve test test-wheel check format wheel clean distclean help
 
 help:
 	@echo "make serve [ARGS='--port 8001 ...']  serve the embedded model on 127.0.0.1:8000"
 	@echo "make test                            the whole suite"
 	@echo "make check                           ruff, mypy, pyright"
 	@echo "make format                          rewrite the sources as ruff formats them"
+	@echo "make test-wheel                      build the wheel, serve from a fresh environment"
 	@echo "make wheel                           sdist and wheel in dist/"
 
 serve: $(VENV)/.installed
@@ -36,6 +37,9 @@ format: $(VENV)/.installed-dev
 
 wheel: $(VENV)/.installed-dev
 	$(BIN)/python -m build
+
+test-wheel: $(VENV)/.installed-dev
+	TORCH_CPU_INDEX="$(TORCH_CPU_INDEX)" scripts/test-wheel $(BIN)/python
 
 # torch first: everything else then finds it installed and never asks an index for it.
 $(VENV)/.torch: constraints.txt
