@@ -28,37 +28,54 @@ WARMUP_STEPS = 40
 
 
 @dataclass(frozen=True, slots=True)
+class Part:
+    """One sort of step: its batch, and how often it is taken."""
+
+    share: float  # of the steps of its stage
+    rows: int
+    length: int
+    mix: Mapping[str, float]
+    skip: float = 0.0  # share of rows whose positions jump
+    queries: int = 0  # > 0: only the last so many tokens get gradients; those before are read and no more
+
+
+@dataclass(frozen=True, slots=True)
 class Stage:
-    """A part of the run. The learning rate goes linearly from `rates[0]` to `rates[1]` over its tokens."""
+    """A stretch of the run. The learning rate goes linearly from `rates[0]` to `rates[1]` over its tokens."""
 
     name: str
     million_tokens: float
-    rows: int
-    length: int
     rates: tuple[float, float]
-    mix: Mapping[str, float]
+    parts: tuple[Part, ...]
     random_tokens: int = 2048  # the token games draw from the ids below this
-    skip: float = 0.0  # share of rows whose positions jump
-    long_share: float = 0.0  # share of steps that take instead one row of LONG_MIX
-    long_lengths: tuple[int, ...] = (4096, 8192)
-    queries: int = 0  # > 0: of a long row only the last so many tokens get gradients
 
 
 GAMES = {"repeat": 0.5, "pairs": 0.5}
-
 MIXED = {
-    "repeat": 0.05, "pairs": 0.15, "task": 0.4, "fact_chat": 0.1, "story": 0.08, "library": 0.1, "chat": 0.12,
+    "repeat": 0.03, "pairs": 0.07, "task": 0.3, "fact_chat": 0.08, "story": 0.06, "library": 0.36, "chat": 0.1,
 }  # fmt: skip
+TEXT = {"library": 0.74, "chat": 0.16, "story": 0.1}
+RECALL = {"task": 0.75, "fact_chat": 0.18, "pairs": 0.07}
 
-LONG_MIX = {"task": 0.85, "fact_chat": 0.15}
-
+# Looking back is learned first, on short rows of random tokens where half of the targets pay for it; then words,
+# then length. Text learns best on short rows, and takes more than half of the steps once looking back is there.
 STAGES = (
-    Stage("induction", 2.0, 32, 64, (4e-3, 4e-3), GAMES, random_tokens=149),
-    Stage("vocabulary", 2.0, 32, 64, (4e-3, 4e-3), GAMES),
-    Stage("words", 1.2, 16, 256, (4e-3, 4e-3), MIXED, skip=0.1),
-    Stage("medium", 1.5, 8, 512, (4e-3, 3e-3), MIXED, skip=0.4),
-    Stage("long", 2.0, 4, 1024, (3e-3, 2e-3), MIXED, skip=0.5),
-    Stage("last", 4.5, 2, 2048, (2e-3, 5e-5), MIXED, skip=0.5, long_share=0.25, queries=512),
+    Stage("induction", 2.0, (4e-3, 4e-3), (Part(1.0, 32, 64, GAMES),), random_tokens=149),
+    Stage("vocabulary", 2.0, (4e-3, 4e-3), (Part(1.0, 32, 64, GAMES),)),
+    Stage("words", 1.2, (4e-3, 4e-3), (Part(1.0, 16, 256, MIXED, skip=0.1),)),
+    Stage("medium", 2.5, (4e-3, 3e-3), (Part(1.0, 8, 512, MIXED, skip=0.4),)),
+    Stage("long", 2.0, (3e-3, 2.5e-3), (Part(0.6, 8, 512, TEXT), Part(0.4, 4, 1024, RECALL, skip=0.5))),
+    Stage(
+        "last",
+        4.5,
+        (2.5e-3, 5e-5),
+        (
+            Part(0.55, 8, 512, TEXT),
+            Part(0.25, 2, 2048, RECALL, skip=0.5),
+            Part(0.1, 1, 4096, RECALL, queries=512),
+            Part(0.1, 1, 8192, RECALL, queries=512),
+        ),
+    ),
 )
 
 
@@ -152,29 +169,41 @@ class Trainer:
         done = self.tokens_done.setdefault(stage.name, 0)
         maker = RowMaker(self.tokenizer, seed=zlib.crc32(f"{stage.name}/{done}".encode()))
         maker.random_tokens = stage.random_tokens
-        steps, losses, hits, window = 0, 0.0, 0.0, 0
+        steps, window = 0, 0
+        seen: dict[int, list[tuple[float, float]]] = {}
         began = saved_at = logged_at = time.monotonic()
         while done < total and not self.stopping:
-            rows, length, mix, queries = stage.rows, stage.length, stage.mix, 0
-            if maker.rng.random() < stage.long_share:
-                rows, length, mix = 1, maker.rng.choice(stage.long_lengths), LONG_MIX
-                queries = stage.queries
+            chosen = maker.rng.choices(range(len(stage.parts)), [part.share for part in stage.parts])[0]
+            part = stage.parts[chosen]
             begin, end = stage.rates
             rate = (begin + (end - begin) * done / total) * min(1.0, (steps + 1) / WARMUP_STEPS)
-            loss, hit = self.step(maker.batch(mix, rows, length, stage.skip), queries, rate)
-            steps, losses, hits, window = steps + 1, losses + loss, hits + hit, window + rows * length
-            done += rows * length
+            batch = maker.batch(part.mix, part.rows, part.length, part.skip)
+            seen.setdefault(chosen, []).append(self.step(batch, part.queries, rate))
+            steps, window = steps + 1, window + part.rows * part.length
+            done += part.rows * part.length
             self.tokens_done[stage.name] = done
             now = time.monotonic()
             if steps % LOG_STEPS == 0:
                 clock, speed = time.strftime("%H:%M:%S"), window / (now - logged_at)
-                means = f"loss {losses / LOG_STEPS:.3f} hits {hits / LOG_STEPS:.3f}"
-                print(f"{clock} {stage.name} {done / 1e6:.2f}M {means} {speed:.0f} tok/s", flush=True)
-                losses, hits, window, logged_at = 0.0, 0.0, 0, now
+                print(
+                    f"{clock} {stage.name} {done / 1e6:.2f}M {speed:.0f} tok/s{summary(stage, seen)}",
+                    flush=True,
+                )
+                window, logged_at = 0, now
+                seen.clear()
             if now - saved_at > SAVE_SECONDS or self.stopping or done >= total:
                 self.seconds += now - began
                 began = saved_at = now
                 self.save()
+
+
+def summary(stage: Stage, seen: Mapping[int, list[tuple[float, float]]]) -> str:
+    """Mean loss and share of hits of each part since the last line of the log."""
+    return "".join(
+        f" | {stage.parts[i].length}: {sum(loss for loss, _ in pairs) / len(pairs):.3f}"
+        f" {sum(hit for _, hit in pairs) / len(pairs):.3f}"
+        for i, pairs in sorted(seen.items())
+    )
 
 
 def main() -> None:

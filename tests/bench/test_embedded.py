@@ -13,7 +13,7 @@ from bench.embedded.export import export
 from bench.embedded.model import Llama, ModelShape
 from bench.embedded.ngram import NGram
 from bench.embedded.rows import RowMaker, is_held_out
-from bench.embedded.train import MIXED, STAGES, Stage, Trainer
+from bench.embedded.train import MIXED, STAGES, Part, Stage, Trainer
 
 CHECKPOINT = Path(__file__).parents[2] / "configs" / "embedded"
 SMALL = ModelShape(vocab_size=300, hidden_size=32, num_layers=2, num_heads=4, num_kv_heads=1, head_dim=8)
@@ -162,7 +162,7 @@ def test_the_exported_checkpoint_has_the_trainers_logits(tmp_path: Path, tokeniz
 
 
 def test_a_stopped_run_goes_on_from_its_state(tmp_path: Path, tokenizer: Tokenizer) -> None:
-    stage = Stage("test", 0.0004, 2, 64, (1e-3, 1e-3), {"repeat": 1.0})
+    stage = Stage("test", 0.0004, (1e-3, 1e-3), (Part(1.0, 2, 64, {"repeat": 1.0}),))
     first = Trainer(tmp_path, tokenizer, "cpu")
     first.run(stage)
     second = Trainer(tmp_path, tokenizer, "cpu")
