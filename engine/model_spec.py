@@ -62,8 +62,9 @@ class ModelSpec:
         q, kv = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
         layer = self.hidden_size * (2 * q + 2 * kv) + (q + 2 * kv) * self.qkv_bias
         layer += self.hidden_size * self.out_bias
-        layer += (3 if self.gated_mlp else 2) * self.hidden_size * self.intermediate_size
-        layer += (self.intermediate_size + self.hidden_size) * self.mlp_bias
+        num_up = 2 if self.gated_mlp else 1
+        layer += (num_up + 1) * self.hidden_size * self.intermediate_size
+        layer += (num_up * self.intermediate_size + self.hidden_size) * self.mlp_bias
         norm = self.hidden_size * (1 if self.rms_norm else 2) * self.norm_affine
         layer += 2 * norm + 2 * self.head_dim * self.qk_norm
         total = self.num_layers * layer + norm * self.final_norm + self.vocab_size * self.embed_size

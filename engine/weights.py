@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
+from rich.console import Console
 from rich.progress import Progress
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
@@ -146,7 +147,9 @@ def load_weights(
             except (OSError, SafetensorError) as error:
                 raise WeightError(f"cannot read {path}: {error}") from error
         _check_tensors(spec, files, handles)
-        progress = stack.enter_context(Progress(transient=True, disable=not show_progress))
+        console = Console(stderr=True)
+        bar = Progress(console=console, transient=True, disable=not (show_progress and console.is_terminal))
+        progress = stack.enter_context(bar)
         task = progress.add_task("Loading weights", total=sum(1 for _ in _expected_tensors(spec)))
 
         def read(name: str, shape: tuple[int, ...]) -> Tensor:
