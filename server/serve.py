@@ -199,7 +199,8 @@ async def _load(settings: Settings, engine_command: Sequence[str]) -> "tuple[Eng
     try:
         return await asyncio.gather(engine, tokenizer)
     except BaseException as error:
-        engine.cancel()
+        if not engine.cancelling():  # A second time would interrupt it at ending its process.
+            engine.cancel()
         for started in await asyncio.gather(engine, return_exceptions=True):
             if isinstance(started, EngineClient):
                 await started.close(0)

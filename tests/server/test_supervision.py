@@ -53,8 +53,9 @@ StartServer = Callable[..., Server]
 
 
 @pytest.fixture
-def start(model_folder: Path) -> Iterator[StartServer]:
+def start(model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[StartServer]:
     servers: list[Server] = []
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
 
     def start_server(*arguments: str, model: str = str(model_folder), load_s: float = 0.0) -> Server:
         server = Server(model, "--served-model-name", "stub", "--port", "0", *arguments, load_s=load_s)
@@ -65,6 +66,7 @@ def start(model_folder: Path) -> Iterator[StartServer]:
     for server in servers:
         server.process.kill()
         server.process.communicate()
+    until(lambda: not list(tmp_path.glob("hybridgen-*")))  # sockets, removed by whoever ended last
 
 
 def test_one_line_says_what_is_served_and_where_and_sigterm_ends_an_idle_server(start: StartServer) -> None:
