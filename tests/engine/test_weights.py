@@ -4,12 +4,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
+
 from hybridgen.configs.presets import preset_folder, preset_names
 from hybridgen.engine.build import load_config
 from hybridgen.engine.model_spec import UnsupportedModel, spec_from_config
 from hybridgen.engine.weights import WeightError, dummy_weights, load_weights, resolve_model
-from safetensors.torch import load_file, save_file
-
 from tests.models import CONFIGS, save_model
 
 CPU = torch.device("cpu")
