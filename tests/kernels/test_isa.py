@@ -34,25 +34,29 @@ def test_an_unknown_path_is_refused_with_what_there_is(monkeypatch: pytest.Monke
 
 FORK = """
 import os, torch
-from hybridgen.kernels.attention import AttentionPool
-from tests.kernels.paged import Batch
-from hybridgen.kernels.attention import KVLayout
-batch = Batch(KVLayout(1, 2, 64, 32, torch.float32), group=2)
+from hybridgen.kernels.attention import AttentionPool, AttentionStep, KVLayout, allocate_pages
+layout = KVLayout(1, 4, 64, 32, torch.float32)
 pool = AttentionPool(2)
-expected = batch.step(pool).attend(0, batch.q)
+step = AttentionStep(
+    pool, layout, *allocate_pages(layout, 64), query_begin=[0, 2048], kv_len=[2048], block_table=[list(range(64))],
+    num_heads=4, scale=0.125,
+)
+q = torch.randn(2048, 4, 64)
+step.store(0, q, q)
+expected = step.attend(0, q)
 child = os.fork()
 if child == 0:
-    same = torch.equal(batch.step(pool).attend(0, batch.q), expected)
+    same = torch.equal(step.attend(0, q), expected)
     pool.close()
     os._exit(0 if same else 1)
 assert os.waitpid(child, 0)[1] == 0
-assert torch.equal(batch.step(pool).attend(0, batch.q), expected)
+assert torch.equal(step.attend(0, q), expected)
 """
 
 
 def test_a_forked_child_can_attend_and_close() -> None:
     """In a process of its own: forking one with threads warns."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
     # torch's own OpenMP threads do not survive a fork; ours must not need them.
     done = subprocess.run([sys.executable, "-c", FORK], env=environment, timeout=60, check=False)
     assert done.returncode == 0
