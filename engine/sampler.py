@@ -39,14 +39,11 @@ _ROW = np.dtype(
         ("top_p", np.float64),
         ("top_k", np.int64),  # 0: off
         ("min_p", np.float32),
-        ("presence_penalty", np.float32),
-        ("frequency_penalty", np.float32),
-        ("repetition_penalty", np.float32),
         ("seed", np.uint64),
         ("num_generated", np.int64),
         ("min_tokens", np.int64),
         ("num_logprobs", np.int64),  # -1: none asked for
-        ("penalty_slot", np.int64),  # row of the penalty counts; -1: no penalty
+        ("penalty_slot", np.int64),  # -1: no penalty
     ]
 )
 
@@ -78,7 +75,7 @@ class Sampler:
         self._rows = np.zeros(0, dtype=_ROW)
         self._bias = _SparseLogits(device)
         self._min_tokens_mask = _SparseLogits(device)
-        self._penalties = _PenaltyCounts(vocab_size, device)
+        self._penalties = _Penalties(vocab_size, device)
 
     def add(
         self,
@@ -109,14 +106,11 @@ class Sampler:
         state["top_p"] = params.top_p
         state["top_k"] = max(params.top_k, 0)
         state["min_p"] = params.min_p
-        state["presence_penalty"] = params.presence_penalty
-        state["frequency_penalty"] = params.frequency_penalty
-        state["repetition_penalty"] = params.repetition_penalty
         state["seed"] = seed % (1 << 64)
         state["num_generated"] = len(generated)
         state["min_tokens"] = params.min_tokens
         state["num_logprobs"] = -1 if params.logprobs is None else self._num_top(params.logprobs)
-        state["penalty_slot"] = self._penalties.add(prompt, generated) if penalised else -1
+        state["penalty_slot"] = self._penalties.add(params, prompt, generated) if penalised else -1
         if params.logit_bias:
             self._bias.set(row, list(params.logit_bias), list(params.logit_bias.values()))
         if params.min_tokens > 0:
@@ -222,14 +216,8 @@ class Sampler:
             self._bias.add_to(scores, place)
         if penalised.size:
             at = self._upload(penalised)
-            part = state[penalised]
-            scores[at] = self._penalties.penalise(
-                scores[at],
-                self._upload(part["penalty_slot"]),
-                presence=self._upload(part["presence_penalty"]),
-                frequency=self._upload(part["frequency_penalty"]),
-                repetition=self._upload(part["repetition_penalty"]),
-            )
+            slots = self._upload(state["penalty_slot"][penalised])
+            scores[at] = self._penalties.apply(scores[at], slots)
         return scores
 
     def _logprobs(self, logits: Tensor, tokens: Tensor, num_top: _Int64) -> list[TokenLogprob | None]:
@@ -281,25 +269,37 @@ class _SparseLogits:
         logits.index_put_((index[0], index[1]), value, accumulate=True)
 
 
-class _PenaltyCounts:
-    """Which tokens a sequence has seen, how often it generated each; slots for those with penalties only."""
+class _Penalties:
+    """What the penalties make of each token's logit; a slot only for sequences that have some.
+
+    Repetition (CTRL, arXiv 1909.05858; negative logits are multiplied, as everybody does since) covers prompt
+    and generated tokens; presence and frequency, as OpenAI defines them, generated tokens alone.
+    """
 
     def __init__(self, vocab_size: int, device: torch.device) -> None:
-        self._generated = torch.zeros(0, vocab_size, dtype=torch.int32, device=device)
-        self._in_prompt = torch.zeros(0, vocab_size, dtype=torch.bool, device=device)
+        # [slots, vocab], float32: what divides a positive logit and multiplies a negative one, and what is then
+        # taken off. Kept up to date token by token, so that a step is a few passes over contiguous memory.
+        self._factor = torch.zeros(0, vocab_size, device=device)
+        self._offset = torch.zeros(0, vocab_size, device=device)
+        self._is_generated = torch.zeros(0, vocab_size, dtype=torch.bool, device=device)
+        self._strength = torch.zeros(0, 3, device=device)  # [slots, (repetition, presence, frequency)]
         self._free: list[int] = []
 
-    def add(self, prompt: Sequence[int], generated: Sequence[int]) -> int:
+    def add(self, params: SamplingParams, prompt: Sequence[int], generated: Sequence[int]) -> int:
         if not self._free:
             self._grow()
         slot = self._free.pop()
-        device = self._generated.device
-        self._in_prompt[slot] = False
-        self._in_prompt[slot, torch.tensor(prompt, dtype=torch.int64, device=device)] = True
-        counts = torch.bincount(
-            torch.tensor(generated, dtype=torch.int64, device=device), minlength=self._generated.shape[1]
-        )
-        self._generated[slot] = counts.to(torch.int32)
+        device = self._factor.device
+        strength = (params.repetition_penalty, params.presence_penalty, params.frequency_penalty)
+        self._strength[slot] = torch.tensor(strength, device=device)
+        self._factor[slot] = 1
+        self._factor[slot, torch.tensor([*prompt, *generated], dtype=torch.int64, device=device)] = strength[
+            0
+        ]
+        counts = torch.tensor(np.bincount(np.array(generated, np.int64), minlength=self._factor.shape[1]))
+        counts = counts.to(device)
+        self._is_generated[slot] = counts > 0
+        self._offset[slot] = strength[1] * (counts > 0) + strength[2] * counts
         return slot
 
     def remove(self, slot: int) -> None:
@@ -307,31 +307,26 @@ class _PenaltyCounts:
 
     def count(self, slots: Tensor, tokens: Tensor) -> None:
         """slots, tokens: [sequences]; no slot twice."""
-        self._generated[slots, tokens] += 1
+        repetition, presence, frequency = self._strength[slots].unbind(-1)
+        self._factor[slots, tokens] = repetition
+        self._offset[slots, tokens] += frequency + presence * ~self._is_generated[slots, tokens]
+        self._is_generated[slots, tokens] = True
 
-    def penalise(
-        self, logits: Tensor, slots: Tensor, *, presence: Tensor, frequency: Tensor, repetition: Tensor
-    ) -> Tensor:
-        """logits: [sequences, vocab], float32; the rest: [sequences].
-
-        Repetition (CTRL, arXiv 1909.05858, with the sign case as everybody has it since) covers prompt and
-        generated tokens; presence and frequency, as OpenAI defines them, generated tokens alone.
-        """
-        counts = self._generated[slots]
-        generated = counts > 0
-        factor = torch.where(generated | self._in_prompt[slots], repetition[:, None], 1.0)
-        logits = torch.where(logits > 0, logits / factor, logits * factor)
-        return logits - frequency[:, None] * counts - presence[:, None] * generated
+    def apply(self, logits: Tensor, slots: Tensor) -> Tensor:
+        """logits: [sequences, vocab], float32; slots: [sequences]. The penalised logits, in new memory."""
+        factor = self._factor[slots]
+        positive = logits.clamp(min=0).div_(factor)
+        return logits.clamp(max=0).mul_(factor).add_(positive).sub_(self._offset[slots])
 
     def _grow(self) -> None:
-        size = len(self._generated)
+        size = len(self._factor)
         more = max(size, 4)
-        self._generated = torch.cat(
-            [self._generated, self._generated.new_zeros(more, self._generated.shape[1])]
+        self._factor = torch.cat([self._factor, self._factor.new_zeros(more, self._factor.shape[1])])
+        self._offset = torch.cat([self._offset, torch.zeros_like(self._factor[:more])])
+        self._is_generated = torch.cat(
+            [self._is_generated, torch.zeros_like(self._factor[:more], dtype=torch.bool)]
         )
-        self._in_prompt = torch.cat(
-            [self._in_prompt, self._in_prompt.new_zeros(more, self._in_prompt.shape[1])]
-        )
+        self._strength = torch.cat([self._strength, self._strength.new_zeros(more, 3)])
         self._free.extend(range(size + more - 1, size - 1, -1))
 
 
@@ -509,36 +504,48 @@ def _block_index(block: Tensor, num_columns: int) -> tuple[Tensor, Tensor]:
 
 def _token_logprobs(logits: Tensor, tokens: Tensor, num_top: list[int]) -> list[TokenLogprob]:
     """logits: [rows, vocab]; tokens: [rows], int64; num_top: alternatives for each row."""
-    shifted = logits.float() - logits.amax(-1, keepdim=True).float()
-    logprobs = shifted - shifted.exp().sum(-1, keepdim=True).log()
-    chosen = logprobs.gather(1, tokens[:, None])
-    # How many come before it: all that are larger, and those of the same value with a lower id.
-    lower_id = torch.arange(logprobs.shape[-1], device=logprobs.device) < tokens[:, None]
-    ranks = (logprobs > chosen).sum(-1) + ((logprobs == chosen) & lower_id).sum(-1) + 1
-    ids = _ranked_ids(logprobs, max(num_top))
-    values = logprobs.gather(1, ids)
+    logits = logits.float()
+    largest = logits.amax(-1, keepdim=True)
+    log_sum = (logits - largest).exp_().sum(-1, keepdim=True).log_()
+    # Ranked by logit, since rounding may give two tokens one log-probability.
+    chosen = logits.gather(1, tokens[:, None])
+    ranks = (logits > chosen).sum(-1, keepdim=True) + 1
+    equal = logits == chosen
+    if int(equal.sum()) > len(logits):
+        equal &= torch.arange(logits.shape[-1], device=logits.device) < tokens[:, None]
+        ranks += equal.sum(-1, keepdim=True)
+    ids = _ranked_ids(logits, max(num_top))
+    logprobs = torch.cat([chosen, logits.gather(1, ids)], -1) - largest - log_sum
     return [
-        TokenLogprob(token, logprob, rank, tuple(zip(top_ids[:count], top_values[:count], strict=True)))
-        for token, logprob, rank, top_ids, top_values, count in zip(
-            tokens.tolist(),
-            chosen.squeeze(1).tolist(),
-            ranks.tolist(),
-            ids.tolist(),
-            values.tolist(),
-            num_top,
-            strict=True,
+        TokenLogprob(token, logprob, rank, tuple(zip(top_ids[:count], top_values, strict=False)))
+        for token, (logprob, *top_values), (rank,), top_ids, count in zip(
+            tokens.tolist(), logprobs.tolist(), ranks.tolist(), ids.tolist(), num_top, strict=True
         )
     ]
 
 
 def _ranked_ids(values: Tensor, count: int) -> Tensor:
     """Ids of the `count` largest, largest first, lowest id first among equals: [rows, count], int64."""
-    num_columns = values.shape[-1]
     if count == 0:
         return torch.zeros(len(values), 0, dtype=torch.int64, device=values.device)
-    # topk leaves open which of equals it takes. As integers, float32 bits order like the numbers once those
-    # of negative numbers are flipped; an id below them makes every key different. + 0.0 turns -0.0 into 0.0.
-    bits = (values + 0.0).view(torch.int32)
+    values = values + 0.0  # turns -0.0 into 0.0, which is its equal
+    # By id first, since topk gives equals in any order; a stable sort by value then keeps that order.
+    ids = values.topk(count, -1).indices.sort(-1).values
+    ranked = values.gather(1, ids).sort(dim=-1, descending=True, stable=True)
+    ids = ids.gather(1, ranked.indices)
+    # Nor does it say which of equals it leaves out. Rows where that matters are done again, with ids in the keys.
+    ambiguous = ((values >= ranked.values[:, -1:]).sum(-1) > count).nonzero().squeeze(1)
+    if len(ambiguous):
+        ids[ambiguous] = _top_keys(values[ambiguous], count)
+    return ids
+
+
+def _top_keys(values: Tensor, count: int) -> Tensor:
+    """As `_ranked_ids`, at several times its cost, for rows with equal values. No -0.0."""
+    num_columns = values.shape[-1]
+    # As integers, the bits of float32 order like the numbers once those of negative numbers are flipped; an id
+    # below them makes every key different.
+    bits = values.view(torch.int32)
     keys = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).long() << 32
     keys += torch.arange(num_columns - 1, -1, -1, device=values.device)
     return num_columns - 1 - (keys.topk(count, -1).values & 0xFFFFFFFF)

@@ -475,10 +475,10 @@ def test_penalty_counts_exist_only_for_those_who_asked_and_start_clean() -> None
     logits[0, 4], logits[0, 5] = 2.0, 1.9
     for key in range(100):
         sampler.add(key, SamplingParams(temperature=0), [4], seed=0)
-    assert len(sampler._penalties._generated) == 0
+    assert len(sampler._penalties._factor) == 0
     for key in range(200, 220):
         sampler.add(key, SamplingParams(temperature=0, repetition_penalty=2.0), [], seed=0)
         # What the one before generated, in the slot it left, is forgotten.
         assert generate(sampler, logits.expand(2, -1), [key], 2)[key] == [4, 5]
         sampler.remove(key)
-    assert len(sampler._penalties._generated) == 4
+    assert len(sampler._penalties._factor) == 4
