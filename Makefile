@@ -28,7 +28,7 @@ check: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/mypy --explicit-package-bases bench tests
+	$(BIN)/mypy --explicit-package-bases bench
 	$(BIN)/pyright
 
 format: $(VENV)/.installed-dev

@@ -22,9 +22,11 @@ class Attention(Protocol):
 
     def store(self, layer: int, k: Tensor, v: Tensor) -> None:
         """Write this step's keys and values, [tokens, kv_heads, head_dim], to their slots."""
+        ...
 
     def attend(self, layer: int, q: Tensor, *, sliding_window: int = 0) -> Tensor:
         """q [tokens, heads, head_dim] -> the same shape."""
+        ...
 
 
 def _linear(x: Tensor, linear: Linear) -> Tensor:
