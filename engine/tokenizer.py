@@ -155,7 +155,9 @@ class Tokenizer:
             name = self.token_name(token)
             raw = b"" if name is None else self._pieces.to_bytes(name)
         else:
-            raw = self._tokenizer.decode([token], clean_up_tokenization_spaces=False).encode()
+            text = self._tokenizer.decode([token], clean_up_tokenization_spaces=False)
+            assert isinstance(text, str)
+            raw = text.encode()
         self._bytes[token] = raw
         return raw
 
@@ -411,7 +413,7 @@ def _eos_token_ids(
         named.append(config.get("eos_token_id"))
     with suppress(OSError):
         generation = GenerationConfig.from_pretrained(
-            source, revision=revision, local_files_only=local_files_only
+            source, revision=revision or "main", local_files_only=local_files_only
         )
         named.append(generation.eos_token_id)
     found: set[int] = set()
