@@ -20,7 +20,6 @@ from tokenizers import Tokenizer
 
 from bench.embedded import tasks, texts
 from bench.embedded.ngram import NGram
-from bench.embedded.rows import is_held_out
 
 ANSWER_TOKENS = 10  # a five digit number, its space and its full stop, with room
 QUESTIONS = 4  # asked of one context at most
@@ -149,10 +148,10 @@ def score(
 
 def held_out_documents(seed: int) -> dict[str, list[str]]:
     rng = random.Random(f"bench/text/{seed}")
-    documents = texts.library_documents()
-    # Some docstrings stand in several modules word for word, so by chance also among the training ones.
-    trained = {document for i, document in enumerate(documents) if not is_held_out(i)}
-    library = [document for i, document in enumerate(documents) if is_held_out(i) and document not in trained]
+    # Some docstrings stand in several modules word for word.
+    trained = set(texts.library_documents())
+    held_out = texts.library_documents(texts.HELD_OUT_MODULES)
+    library = [document for document in held_out if document not in trained]
     return {
         "stories": [texts.story(rng) for _ in range(150)],
         "chat": [texts.render_chat(texts.chat(rng)) for _ in range(150)],
@@ -163,13 +162,12 @@ def held_out_documents(seed: int) -> dict[str, list[str]]:
 def training_documents() -> list[str]:
     """What the 4-gram model is given: all library text that trains, and 20,000 stories, facts and chats."""
     rng = random.Random("train/text")
-    library = [document for i, document in enumerate(texts.library_documents()) if not is_held_out(i)]
     grammars = [
         text
         for _ in range(7000)
         for text in (texts.story(rng), texts.facts(rng), texts.render_chat(texts.chat(rng)))
     ]
-    return library + grammars
+    return [*texts.library_documents(), *grammars]
 
 
 def text_losses(model: str, tokenizer: Tokenizer, seed: int) -> list[TextLoss]:

@@ -15,7 +15,6 @@ from bench.embedded import tasks, texts
 FIRST_PLAIN_TOKEN = 5  # those before it are the special tokens
 ANSWER_WEIGHT = 4.0  # a row of text has a target at every token, a row of a task only at its few answers
 QUESTION_WEIGHT = 0.1  # of the words of a question, which are predictable but not what the row is for
-HELD_OUT = 10  # one document in this many never trains
 Row = tuple[list[int], list[float]]  # token ids, and the weight of each as a target
 
 
@@ -28,10 +27,6 @@ class Batch:
     positions: Tensor
 
 
-def is_held_out(i: int) -> bool:
-    return i % HELD_OUT == 0
-
-
 class RowMaker:
     """Makes rows of every kind from one random stream. `random_tokens` bounds the ids of the token games."""
 
@@ -40,9 +35,7 @@ class RowMaker:
         self.draw = np.random.default_rng(seed)
         self.tokenizer = tokenizer
         self.random_tokens = tokenizer.get_vocab_size()
-        self.library = [
-            document for i, document in enumerate(texts.library_documents()) if not is_held_out(i)
-        ]
+        self.library = texts.library_documents()
         self.kinds: Mapping[str, Callable[[int], Row]] = {
             "repeat": self.repeat,
             "pairs": self.pairs,

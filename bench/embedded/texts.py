@@ -6,6 +6,7 @@ Every generator takes a `random.Random` and returns one document, so a seed name
 # ruff: noqa: SIM905 - word lists are easier to read and to extend as prose
 
 import ast
+import functools
 import random
 import sysconfig
 from collections.abc import Iterator
@@ -321,17 +322,28 @@ def render_chat(turns: list[Turn], *, generation_prompt: bool = False) -> str:
     return text + "<|im_start|>assistant\n" if generation_prompt else text
 
 
-LIBRARY_MODULES = (
-    "argparse ast asyncio/events base64 bisect calendar cmd codecs collections/__init__ configparser "
-    "contextlib copy csv dataclasses datetime decimal difflib dis doctest email/message enum fileinput "
-    "fnmatch fractions functools gettext glob gzip hashlib heapq html/parser http/client http/server "
-    "imaplib inspect io json/__init__ json/decoder json/encoder keyword linecache locale logging/__init__ "
-    "mailbox math numbers operator optparse os pathlib pdb pickle pickletools platform plistlib poplib "
-    "pprint profile queue random re/__init__ reprlib sched shelve shlex shutil smtplib socket "
-    "socketserver ssl statistics string subprocess tarfile tempfile textwrap this threading timeit "
-    "tokenize trace traceback turtle types typing unittest/case unittest/mock urllib/parse urllib/request "
-    "uuid warnings wave weakref xml/dom/minidom zipfile/__init__"
-).split()
+LIBRARY_MODULES = tuple(
+    (
+        "argparse ast asyncio/events base64 bisect calendar cmd codecs collections/__init__ configparser "
+        "contextlib copy csv dataclasses datetime decimal difflib dis doctest email/message enum fileinput "
+        "fnmatch fractions functools gettext glob gzip hashlib heapq html/parser http/client http/server "
+        "imaplib inspect io json/__init__ json/decoder json/encoder keyword linecache locale logging/__init__ "
+        "mailbox math numbers operator optparse os pathlib pdb pickle pickletools platform plistlib poplib "
+        "pprint profile queue random re/__init__ reprlib sched shelve shlex shutil smtplib socket "
+        "socketserver ssl statistics string subprocess tarfile tempfile textwrap this threading timeit "
+        "tokenize trace traceback turtle types typing unittest/case unittest/mock urllib/parse urllib/request "
+        "uuid warnings wave weakref xml/dom/minidom zipfile/__init__"
+    ).split()
+)
+
+HELD_OUT_MODULES = tuple(
+    (
+        "asyncio/streams asyncio/tasks bdb codeop concurrent/futures/_base email/header filecmp ftplib getopt "
+        "graphlib http/cookies mimetypes netrc pkgutil pyclbr runpy selectors site symtable tabnanny tkinter/ttk "
+        "tomllib/_parser urllib/robotparser wsgiref/handlers xmlrpc/client zipapp zoneinfo/_zoneinfo"
+    ).split()
+)
+"""Never trained on. Whole modules, since the docstrings of one stand in the openings of its source as well."""
 
 
 def docstrings(path: Path) -> Iterator[str]:
@@ -344,15 +356,16 @@ def docstrings(path: Path) -> Iterator[str]:
                 yield text
 
 
-def library_documents() -> list[str]:
-    """Docstrings and the opening of the source of standard library modules, in a fixed order."""
+@functools.cache
+def library_documents(modules: tuple[str, ...] = LIBRARY_MODULES) -> tuple[str, ...]:
+    """Docstrings and the opening of the source of standard library modules, in their order."""
     root = Path(sysconfig.get_paths()["stdlib"])
     documents: list[str] = []
-    for name in LIBRARY_MODULES:
+    for name in modules:
         path = root / f"{name}.py"
         if not path.exists():  # the set of pure Python modules differs a little between versions
             continue
         documents.extend(docstrings(path))
         source = path.read_text(encoding="utf-8")
         documents.extend(source[i : i + 2000] for i in range(0, min(len(source), 16_000), 2000))
-    return documents
+    return tuple(documents)

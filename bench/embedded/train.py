@@ -64,16 +64,16 @@ STAGES = (
     Stage("vocabulary", 2.0, (4e-3, 4e-3), (Part(1.0, 32, 64, GAMES),)),
     Stage("words", 1.2, (4e-3, 4e-3), (Part(1.0, 16, 256, MIXED, skip=0.1),)),
     Stage("medium", 2.5, (4e-3, 3e-3), (Part(1.0, 8, 512, MIXED, skip=0.4),)),
-    Stage("long", 2.0, (3e-3, 2.5e-3), (Part(0.6, 8, 512, TEXT), Part(0.4, 4, 1024, RECALL, skip=0.5))),
+    Stage("long", 1.0, (3e-3, 2.5e-3), (Part(0.6, 8, 512, TEXT), Part(0.4, 4, 1024, RECALL, skip=0.5))),
     Stage(
         "last",
-        4.5,
+        6.0,
         (2.5e-3, 5e-5),
         (
-            Part(0.55, 8, 512, TEXT),
-            Part(0.25, 2, 2048, RECALL, skip=0.5),
-            Part(0.1, 1, 4096, RECALL, queries=512),
-            Part(0.1, 1, 8192, RECALL, queries=512),
+            Part(0.62, 8, 512, TEXT),
+            Part(0.2, 2, 2048, RECALL, skip=0.5),
+            Part(0.09, 1, 4096, RECALL, queries=512),
+            Part(0.09, 1, 8192, RECALL, queries=512),
         ),
     ),
 )
