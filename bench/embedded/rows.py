@@ -106,7 +106,7 @@ class RowMaker:
 
     def task(self, length: int) -> Row:
         """The context of a retrieval task, then its questions in random order until the row is full."""
-        kind = self.rng.choices(tasks.KINDS, (1.0, 2.0, 2.0, 1.0, 0.4, 0.3))[0]
+        kind = self.rng.choices(tasks.KINDS, (0.7, 2.0, 2.0, 1.0, 0.7, 0.3))[0]
         asking = min(length // 3, self.rng.choice((128, 256, 512)))
         # More needles than the benchmark hides: many answers must pay for the cost of a haystack.
         most = {"needle": 48, "key_value": 64, "variable": 16, "counting": 5}.get(kind, 1)

@@ -142,7 +142,7 @@ def variable(rng: random.Random, length: int, count_tokens: CountTokens, needles
 
 
 def counting(rng: random.Random, length: int, count_tokens: CountTokens, needles: int = 2) -> Example:
-    """How often was a bell heard? Marked sentences, one to nine of them a mark."""
+    """How often was an animal seen? One to nine times, each a sentence of its own in the haystack."""
     marks = rng.sample(texts.ANIMALS, needles)
     counts = {mark: rng.randint(1, 9) for mark in marks}
     told = [f"A {mark} was seen." for mark in marks for _ in range(counts[mark])]

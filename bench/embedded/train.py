@@ -54,7 +54,7 @@ GAMES = {"repeat": 0.5, "pairs": 0.5}
 MIXED = {
     "repeat": 0.03, "pairs": 0.07, "task": 0.3, "fact_chat": 0.08, "story": 0.06, "library": 0.36, "chat": 0.1,
 }  # fmt: skip
-TEXT = {"library": 0.74, "chat": 0.16, "story": 0.1}
+TEXT = {"library": 0.68, "chat": 0.22, "story": 0.1}
 RECALL = {"task": 0.75, "fact_chat": 0.18, "pairs": 0.07}
 
 # Looking back is learned first, on short rows of random tokens where half of the targets pay for it; then words,
@@ -67,7 +67,7 @@ STAGES = (
     Stage("long", 1.0, (3e-3, 2.5e-3), (Part(0.6, 8, 512, TEXT), Part(0.4, 4, 1024, RECALL, skip=0.5))),
     Stage(
         "last",
-        6.0,
+        7.0,
         (2.5e-3, 5e-5),
         (
             Part(0.62, 8, 512, TEXT),
