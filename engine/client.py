@@ -300,7 +300,11 @@ def _environment(settings: EngineSettings) -> dict[str, str]:
         "OMP_NUM_THREADS": str(settings.threads),
         # After a parallel region libgomp's threads spin, by default for milliseconds, on the cores that the
         # attention pool wants next; with a busy neighbour every region then waits out a time slice.
-        "GOMP_SPINCOUNT": os.environ.get("GOMP_SPINCOUNT", "1000"),
+        "GOMP_SPINCOUNT": os.environ.get("GOMP_SPINCOUNT", "20000"),
+        # A step's activations are freed and asked for again at once. By default malloc gives large ones back to
+        # the kernel, and every step then pays for faulting and clearing the same pages.
+        "MALLOC_MMAP_THRESHOLD_": os.environ.get("MALLOC_MMAP_THRESHOLD_", str(1 << 30)),
+        "MALLOC_TRIM_THRESHOLD_": os.environ.get("MALLOC_TRIM_THRESHOLD_", str(4 << 30)),
     }
 
 

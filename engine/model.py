@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers.activations import ACT2FN
 
 from hybridgen.engine.model_spec import ModelSpec, RopeSpec, UnsupportedModel
-from hybridgen.engine.weights import LayerWeights, Linear, Norm, Weights
+from hybridgen.engine.weights import LayerWeights, Norm, Weights
 from hybridgen.kernels.attention import AttentionPool
 from hybridgen.kernels.ops import fused_add_rms_norm, rms_norm, rotary_, silu_and_mul
 
@@ -27,10 +27,6 @@ class Attention(Protocol):
     def attend(self, layer: int, q: Tensor, *, sliding_window: int = 0) -> Tensor:
         """q [tokens, heads, head_dim] -> the same shape."""
         ...
-
-
-def _linear(x: Tensor, linear: Linear) -> Tensor:
-    return F.linear(x, linear.weight, linear.bias)
 
 
 class RotaryTable:
@@ -97,7 +93,7 @@ class Decoder:
         spec, weights = self.spec, self._weights
         x = F.embedding(tokens, weights.embedding)
         if weights.project_in is not None:
-            x = F.linear(x, weights.project_in)
+            x = weights.project_in(x)
         if weights.positions is not None:
             x = x + F.embedding(positions + spec.learned_position_offset, weights.positions)
         rotation = None if self._rotary is None else self._rotary.lookup(positions, prompt_lens)
@@ -106,12 +102,12 @@ class Decoder:
             if spec.pre_norm
             else (self._post_norm_layers(x, rotation, attention)[rows])
         )
-        return x if weights.project_out is None else F.linear(x, weights.project_out)
+        return x if weights.project_out is None else weights.project_out(x)
 
     @torch.inference_mode()
     def logits(self, hidden: Tensor) -> Tensor:
         """[rows, embed_size] -> [rows, vocab_size], in the model's dtype."""
-        return F.linear(hidden, self._weights.lm_head)
+        return self._weights.lm_head(hidden)
 
     def _pre_norm_layers(
         self, x: Tensor, rotation: tuple[Tensor, Tensor] | None, attention: Attention, rows: Tensor
@@ -151,7 +147,7 @@ class Decoder:
         attention: Attention,
     ) -> Tensor:
         spec = self.spec
-        heads = _linear(x, layer.qkv)
+        heads = layer.qkv(x)
         heads = heads.view(len(x), spec.num_heads + 2 * spec.num_kv_heads, spec.head_dim)
         q = heads[:, : spec.num_heads]
         k = heads[:, spec.num_heads : spec.num_heads + spec.num_kv_heads]
@@ -162,10 +158,10 @@ class Decoder:
             rotary_(q, k, *rotation, pool=self._pool)
         attention.store(index, k, v)
         out = attention.attend(index, q, sliding_window=spec.sliding_windows[index])
-        return _linear(out.view(len(x), -1), layer.out)
+        return layer.out(out.view(len(x), -1))
 
     def _mlp(self, layer: LayerWeights, x: Tensor) -> Tensor:
-        up = _linear(x, layer.up)
+        up = layer.up(x)
         if not self.spec.gated_mlp:
             up = self._activation(up)
         elif self.spec.activation == "silu":
@@ -173,7 +169,7 @@ class Decoder:
         else:
             gate, up = up.chunk(2, dim=-1)
             up = self._activation(gate) * up
-        return _linear(up, layer.down)
+        return layer.down(up)
 
     def _norm(self, x: Tensor, norm: Norm) -> Tensor:
         if self.spec.rms_norm:

@@ -22,20 +22,13 @@ from torch import Tensor
 
 from hybridgen.configs.presets import preset_folder
 from hybridgen.engine.model_spec import ModelSpec
+from hybridgen.kernels.linear import Linear
 
 logger = logging.getLogger(__name__)
 
 
 class WeightError(Exception):
     """The checkpoint cannot be loaded as the model its config describes; the message names tensor and file."""
-
-
-@dataclass(frozen=True, slots=True)
-class Linear:
-    """x @ weight.T + bias."""
-
-    weight: Tensor  # [out, in]
-    bias: Tensor | None  # [out]
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,11 +59,11 @@ class Weights:
 
     embedding: Tensor  # [vocab, embed]
     positions: Tensor | None  # [offset + max_positions, hidden]
-    project_in: Tensor | None  # [hidden, embed]
+    project_in: Linear | None  # [hidden, embed]
     layers: tuple[LayerWeights, ...]
     final_norm: Norm | None
-    project_out: Tensor | None  # [embed, hidden]
-    lm_head: Tensor  # [vocab, embed]; the embedding itself when tied
+    project_out: Linear | None  # [embed, hidden]
+    lm_head: Linear  # [vocab, embed]; the embedding's values when tied
 
 
 @dataclass(frozen=True, slots=True)
@@ -220,11 +213,13 @@ def _assemble(spec: ModelSpec, read: _Read) -> Weights:
         positions=read(f"{names.prefix}embed_positions.weight", (rows, hidden))
         if spec.rope is None
         else None,
-        project_in=read(f"{names.prefix}project_in.weight", (hidden, embed)) if projected else None,
+        project_in=Linear(read(f"{names.prefix}project_in.weight", (hidden, embed))) if projected else None,
         layers=tuple(layer(index) for index in range(spec.num_layers)),
         final_norm=norm(names.prefix + names.final_norm, hidden) if spec.final_norm else None,
-        project_out=read(f"{names.prefix}project_out.weight", (embed, hidden)) if projected else None,
-        lm_head=embedding if spec.tie_embeddings else read("lm_head.weight", (spec.vocab_size, embed)),
+        project_out=Linear(read(f"{names.prefix}project_out.weight", (embed, hidden))) if projected else None,
+        lm_head=Linear(
+            embedding if spec.tie_embeddings else read("lm_head.weight", (spec.vocab_size, embed))
+        ),
     )
 
 

@@ -18,7 +18,7 @@ __version__ = "0.1.0"
 def __getattr__(name: str) -> Any:
     if name == "LLM":
         # Read once, when torch is imported; the reason is told in engine/client.py.
-        os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+        os.environ.setdefault("GOMP_SPINCOUNT", "20000")
         from hybridgen.engine.llm import LLM
 
         return LLM
