@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from hybridgen.kernels.linear import Linear, can_pack
 
 
