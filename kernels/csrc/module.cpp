@@ -105,6 +105,8 @@ struct Rows {  // the row-wise operations of one ISA and dtype
 }  // namespace
 
 NB_MODULE(_cpu, m) {
+  // A pool that lives until the interpreter ends is no leak: engines do, and the kernels chosen per dtype.
+  nb::set_leak_warnings(false);
   m.doc() = "Attention over paged KV and row-wise operations on the CPU; wrapped by kernels/attention.py and ops.py.";
   m.def("supported_isas", &supported_isas);
 
