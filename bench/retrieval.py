@@ -133,9 +133,10 @@ def score(
 ) -> Score:
     """Ask `samples` contexts of about `length` tokens, up to four questions each."""
     right = asked = 0
+    room = length - ANSWER_TOKENS  # so that a full context still leaves the completion its place
     for i in range(samples):
         example = tasks.make(
-            kind, seed * 1_000_000 + i, length, lambda text: len(tokenizer.encode(text).ids), split="bench"
+            kind, seed * 1_000_000 + i, room, lambda text: len(tokenizer.encode(text).ids), split="bench"
         )
         questions = example.questions[:QUESTIONS]
         outputs = completer.complete(example.context, [q.prompt for q in questions], ANSWER_TOKENS)

@@ -70,8 +70,9 @@ STAGES = (
         7.0,
         (2.5e-3, 5e-5),
         (
-            Part(0.62, 8, 512, TEXT),
-            Part(0.2, 2, 2048, RECALL, skip=0.5),
+            Part(0.48, 8, 512, TEXT),
+            Part(0.16, 8, 512, RECALL, skip=0.5),
+            Part(0.18, 2, 2048, RECALL, skip=0.5),
             Part(0.09, 1, 4096, RECALL, queries=512),
             Part(0.09, 1, 8192, RECALL, queries=512),
         ),

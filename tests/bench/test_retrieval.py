@@ -7,7 +7,7 @@ import pytest
 from tokenizers import Tokenizer
 
 from bench.embedded import tasks
-from bench.retrieval import QUESTIONS, held_out_documents, interval, score, training_documents
+from bench.retrieval import ANSWER_TOKENS, QUESTIONS, held_out_documents, interval, score, training_documents
 
 TOKENIZER = Path(__file__).parents[2] / "configs" / "embedded" / "tokenizer.json"
 
@@ -24,7 +24,11 @@ class Oracle:
         self.answers: dict[str, str] = {}
         for seed in range(1_000_000, 1_000_004):
             example = tasks.make(
-                kind, seed, length, lambda text: len(tokenizer.encode(text).ids), split="bench"
+                kind,
+                seed,
+                length - ANSWER_TOKENS,
+                lambda text: len(tokenizer.encode(text).ids),
+                split="bench",
             )
             for question in example.questions:
                 answer = question.answer[: len(question.answer) - missing]
