@@ -199,7 +199,12 @@ def vllm(
         "PATH": f"{python.parent}{os.pathsep}{os.environ['PATH']}",
     }
     return HttpServer(
-        "vLLM", [*command, *arguments], {**defaults, **environment}, checkpoint.name, log, start_timeout_s=600
+        "vLLM",
+        [*command, *arguments],
+        {**defaults, **environment},
+        checkpoint.name,
+        log,
+        start_timeout_s=1200,
     )
 
 

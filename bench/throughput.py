@@ -284,13 +284,25 @@ class _Launcher:
         self._checkpoint = checkpoint
         self._name = ""
         self._system: System | None = None
+        self._unusable: dict[str, str] = {}
 
     def system(self, name: str) -> System:
-        """The warm system of that name; raises SystemFailed, RequestFailed or TimeoutError if there can be none."""
+        """The warm system of that name.
+
+        Raises:
+            SystemFailed: it does not start, or does not answer; it is not tried again for later cells.
+        """
+        if name in self._unusable:
+            raise SystemFailed(self._unusable[name])
         if self._system is None or self._name != name:
             self.close()
-            self._name, self._system = name, self._start(name)
-            warm_up(self._system, max(self._options.concurrency))
+            try:
+                self._name, self._system = name, self._start(name)
+                warm_up(self._system, max(self._options.concurrency))
+            except (SystemFailed, RequestFailed, TimeoutError) as error:
+                self.close()
+                self._unusable[name] = f"start: {error or 'out of time'}"
+                raise SystemFailed(self._unusable[name]) from error
         return self._system
 
     def close(self) -> None:
@@ -357,9 +369,8 @@ def _record(launcher: _Launcher, cell: Cell, options: argparse.Namespace) -> dic
     }
     try:
         system = launcher.system(cell.system)
-    except (SystemFailed, RequestFailed, TimeoutError) as error:
-        launcher.close()
-        return {**record, "status": "failed", "error": without_paths(f"start: {error}"), "num_answered": 0}
+    except SystemFailed as error:
+        return {**record, "status": "failed", "error": without_paths(str(error)), "num_answered": 0}
     time.sleep(options.settle_s)
     record |= {
         "run": system.facts,

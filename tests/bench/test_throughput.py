@@ -10,7 +10,7 @@ import pytest
 
 from bench.checkpoints import LLAMA_150M, SPECIAL_TOKENS, num_parameters, tensor_shapes, write_checkpoint
 from bench.client import Progress, Reply, RequestFailed, complete, completion_body
-from bench.servers import without_paths
+from bench.servers import SystemFailed, without_paths
 from bench.throughput import Cell, make_prompts, markdown, measure, parse, plan, ratio, run, summarize
 
 
@@ -242,6 +242,21 @@ def test_a_second_run_keeps_finished_cells_and_retries_failed_ones(
     assert started == ["hybridgen", "transformers-batch"]
     assert [cell["status"] for cell in results["cells"]] == ["ok"] * 3
     assert json.loads(file.read_text())["cells"] == json.loads(json.dumps(results["cells"]))
+
+
+def test_a_system_that_does_not_start_is_tried_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[str] = []
+
+    def start(_: object, name: str) -> Answering:
+        started.append(name)
+        raise SystemFailed("ended with status 1")
+
+    monkeypatch.setattr("bench.throughput._Launcher._start", start)
+    monkeypatch.setattr("bench.throughput.write_checkpoint", lambda _: None)
+    results = run(parse(["--only", "hybridgen:128:*", "--work-dir", str(tmp_path)]))
+    assert started == ["hybridgen"]
+    assert [cell["status"] for cell in results["cells"]] == ["failed"] * 3
+    assert results["cells"][2]["error"] == "start: ended with status 1"
 
 
 def test_paths_of_this_machine_do_not_reach_the_results() -> None:
