@@ -62,15 +62,18 @@ class Cell:
         return f"{self.system}:{self.prompt_len}:{self.concurrency}"
 
 
-def make_prompts(num_prompts: int, length: int, vocab_size: int) -> list[list[int]]:
+def make_prompts(num_prompts: int, length: int, vocab_size: int, seed: int) -> list[list[int]]:
     """Random token ids without special tokens; no two prompts share even their first token.
 
-    The same arguments give the same prompts, so that every system gets the same ones.
+    The same length and seed give the same prompts, fewer of them the first ones, so that a system that is measured
+    with fewer requests still answers what the others do.
     """
     ids = range(len(SPECIAL_TOKENS), vocab_size)
-    generator = random.Random(f"{num_prompts} {length}")
-    first_tokens = generator.sample(ids, num_prompts)
-    return [[first, *generator.choices(ids, k=length - 1)] for first in first_tokens]
+    first_tokens = random.Random(f"{seed} {length}").sample(ids, len(ids))[:num_prompts]
+    return [
+        [first, *random.Random(f"{seed} {length} {first}").choices(ids, k=length - 1)]
+        for first in first_tokens
+    ]
 
 
 def plan(options: argparse.Namespace) -> list[Cell]:
@@ -136,7 +139,9 @@ def measure(system: System, cell: Cell, timeout_s: float) -> dict[str, Any]:
     Returns:
         `status` is "ok", "timeout" or "failed"; only "ok" has figures. After the others the system must be closed.
     """
-    prompts = make_prompts(cell.num_requests, cell.prompt_len, LLAMA_150M["vocab_size"])
+    prompts = make_prompts(
+        cell.num_requests, cell.prompt_len, LLAMA_150M["vocab_size"], seed=cell.concurrency
+    )
     progress = Progress()
     try:
         system.answer(prompts, cell.output_len, cell.concurrency, timeout_s, progress)
@@ -158,7 +163,7 @@ def measure(system: System, cell: Cell, timeout_s: float) -> dict[str, Any]:
 def warm_up(system: System, max_concurrency: int) -> None:
     """Let everybody compile, allocate and page in before the first cell."""
     for concurrency in (1, max_concurrency):
-        prompts = make_prompts(concurrency, 100, LLAMA_150M["vocab_size"])
+        prompts = make_prompts(concurrency, 100, LLAMA_150M["vocab_size"], seed=0)
         system.answer(prompts, 4, concurrency, 600.0, Progress())
 
 

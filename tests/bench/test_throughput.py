@@ -95,15 +95,16 @@ def test_a_finished_checkpoint_is_not_written_again(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("num_prompts", "length"), [(1, 1), (32, 1), (32, 128), (8, 8000)])
 def test_prompts_have_the_length_stated_and_share_no_prefix(num_prompts: int, length: int) -> None:
-    prompts = make_prompts(num_prompts, length, 32000)
+    prompts = make_prompts(num_prompts, length, 32000, seed=8)
     assert [len(prompt) for prompt in prompts] == [length] * num_prompts
     assert len({prompt[0] for prompt in prompts}) == num_prompts
     assert all(len(SPECIAL_TOKENS) <= token < 32000 for prompt in prompts for token in prompt)
 
 
-def test_every_system_gets_the_same_prompts() -> None:
-    assert make_prompts(3, 20, 32000) == make_prompts(3, 20, 32000)
-    assert make_prompts(3, 20, 32000) != make_prompts(3, 21, 32000)
+def test_every_system_gets_the_same_prompts_however_many_it_answers() -> None:
+    prompts = make_prompts(8, 20, 32000, seed=8)
+    assert make_prompts(3, 20, 32000, seed=8) == prompts[:3]
+    assert prompts[0] not in make_prompts(8, 20, 32000, seed=32)
 
 
 def test_throughput_counts_from_the_first_start_to_the_last_token() -> None:
