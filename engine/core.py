@@ -102,6 +102,10 @@ class EngineCore:
             param = error.param if isinstance(error, InvalidRequest) else "max_tokens"
             refusal = Output(id=request.id, finish_reason="error", error=str(error), refused=param)
             self._pending.append(refusal)
+        except Exception as error:  # one request must never take the others down
+            logger.exception("request %s could not be queued", request.id)
+            text = f"the request could not be queued: {type(error).__name__}: {error}"
+            self._pending.append(Output(id=request.id, finish_reason="error", error=text))
 
     def abort(self, ids: Sequence[str]) -> None:
         """End these requests and free their pages; unknown ids are ignored, since they may just have ended."""
@@ -133,8 +137,6 @@ class EngineCore:
         outputs += self._run(step)
         self._num_steps += 1
         self._last_step_tokens = step.num_tokens
-        if not self._choices:
-            self.check_integrity()
         return outputs
 
     def stats(self) -> EngineStats:
@@ -156,7 +158,8 @@ class EngineCore:
         )
 
     def check_integrity(self) -> None:
-        """Every page is free, cached or held, and the books of engine and scheduler agree.
+        """Every page is free, cached or held, and the books of engine and scheduler agree. For when there is no work,
+        after the outputs have left: it looks at every page, which takes milliseconds.
 
         Raises:
             AssertionError: with the numbers that disagree.
@@ -190,33 +193,44 @@ class EngineCore:
                 f"{len(request.prompt)} and {max_tokens} were asked for",
                 "max_tokens",
             )
-        # Dynamic rope rotates keys by the prompt's length, so such prompts may only share pages with their equals.
-        salt = self._runner.prefix_salt(len(request.prompt))
-        first = self._next_key
-        keys: dict[int, int] = {}
-        for index in range(params.n):
-            key = self._next_key
+        self._keys[request.id] = {}
+        try:
+            for index in range(params.n):
+                self._add_choice(request, index, max_tokens)
+        except BaseException:
+            # All or nothing: what was added of the request goes again.
+            for key in list(self._keys[request.id].values()):
+                self._end(self._choices[key])
+            self._keys.pop(request.id, None)
+            raise
+
+    def _add_choice(self, request: Request, index: int, max_tokens: int) -> None:
+        params, key = request.params, self._next_key
+        self._next_key += 1
+        seed = self._seeds.getrandbits(63) if params.seed is None else params.seed + index
+        self._sampler.add(key, params, request.prompt, seed)
+        try:
             self._scheduler.add(
                 key,
                 request.prompt,
                 max_total_tokens=len(request.prompt) + max_tokens,
                 priority=request.priority,
-                salt=salt,
+                # Dynamic rope rotates keys by the prompt's length: such prompts may only share pages with their equals.
+                salt=self._runner.prefix_salt(len(request.prompt)),
                 reuse_prefix=params.prompt_logprobs is None or index > 0,
                 # The first choice computes the prompt; the others find it in the prefix cache.
-                after=first if index else None,
+                after=key - index if index else None,
             )
-            self._next_key += 1
-            keys[index] = key
-            seed = self._seeds.getrandbits(63) if params.seed is None else params.seed + index
-            self._sampler.add(key, params, request.prompt, seed)
-            choice = _Choice(
-                key, request, index, list(request.prompt), max_tokens, frozenset(params.stop_token_ids)
-            )
-            self._choices[key] = choice
-            self._known[key] = choice.tokens
-            self._prompt_lens[key] = choice.prompt_len
-        self._keys[request.id] = keys
+        except BaseException:
+            self._sampler.remove(key)
+            raise
+        choice = _Choice(
+            key, request, index, list(request.prompt), max_tokens, frozenset(params.stop_token_ids)
+        )
+        self._choices[key] = choice
+        self._keys[request.id][index] = key
+        self._known[key] = choice.tokens
+        self._prompt_lens[key] = choice.prompt_len
 
     def _run(self, step: Step) -> list[Output]:
         started = time.perf_counter()

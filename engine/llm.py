@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from hybridgen.configs.presets import tokenizer_source
 from hybridgen.configs.settings import chat_template, engine_settings, load_settings
 from hybridgen.engine.build import build_engine
 from hybridgen.engine.detokenizer import Detokenizer
@@ -17,6 +18,10 @@ from hybridgen.engine.request import (
 )
 from hybridgen.engine.tokenizer import Tokenizer
 from hybridgen.engine.weights import resolve_model
+
+
+class GenerationFailed(Exception):
+    """The engine took the request and could not go on with it; the message says why."""
 
 
 @dataclass(slots=True)
@@ -60,9 +65,10 @@ class LLM:
         arguments = settings if model is None else {"model": str(model), **settings}
         resolved = load_settings(arguments)
         self._core = build_engine(engine_settings(resolved))
-        source = resolved.tokenizer or str(
-            resolve_model(resolved.model, revision=resolved.revision, download_dir=resolved.download_dir)
-        )
+        source = resolved.tokenizer or tokenizer_source(resolved.model)
+        if resolved.tokenizer is None and source == resolved.model:
+            folder = resolve_model(source, revision=resolved.revision, download_dir=resolved.download_dir)
+            source = str(folder)
         self._tokenizer = Tokenizer(source, revision=resolved.revision, chat_template=chat_template(resolved))
         self._num_requests = 0
 
@@ -87,6 +93,7 @@ class LLM:
 
         Raises:
             InvalidRequest: one of them cannot be served; none is then left running.
+            GenerationFailed: the model gave no token to choose (NaN logits); likewise.
         """
         listed: Sequence[str | Sequence[int]] = [prompts] if isinstance(prompts, str) else prompts
         if sampling_params is None:
@@ -110,8 +117,10 @@ class LLM:
                 self._core.add(request)
             while self._core.has_work():
                 for output in self._core.step():
+                    if output.refused is not None:
+                        raise InvalidRequest(output.error or "refused", output.refused)
                     if output.error is not None:
-                        raise InvalidRequest(output.error, "prompt")
+                        raise GenerationFailed(output.error)
                     answer = answers[output.id]
                     if answer.take(output):
                         self._core.abort_choice(output.id, output.index)
@@ -119,6 +128,7 @@ class LLM:
             self._core.abort(list(answers))
             while self._core.has_work():
                 self._core.step()
+            self._core.check_integrity()
         return [answer.result for answer in answers.values()]
 
     def chat(

@@ -57,6 +57,10 @@ class Core(Protocol):
 
     def has_work(self) -> bool: ...
 
+    def check_integrity(self) -> None:
+        """Called whenever there is no work, once the outputs are sent. Raises if the core's books are wrong."""
+        ...
+
     def step(self) -> list[Output]:
         """One forward pass, or only the refusals that are pending."""
         ...
@@ -116,6 +120,7 @@ def run(core: Core, inbox: "zmq.Socket[bytes]", outbox: "zmq.Socket[bytes]") -> 
     sent_stats = EngineStats()
     while True:
         if not core.has_work():
+            core.check_integrity()
             inbox.poll()
         while (frame := _receive(inbox)) is not None:
             match decoder.decode(frame):

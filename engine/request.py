@@ -3,7 +3,6 @@
 Plain msgspec structs, so that the server never imports torch to build one and the wire format is the type.
 """
 
-import math
 from typing import Literal
 
 import msgspec
@@ -62,11 +61,8 @@ def check_sampling_params(params: SamplingParams, *, vocab_size: int, max_logpro
     _check_range("n", params.n, 1, MAX_N)
     _check_range("presence_penalty", params.presence_penalty, -2, 2)
     _check_range("frequency_penalty", params.frequency_penalty, -2, 2)
-    if not (math.isfinite(params.repetition_penalty) and params.repetition_penalty > 0):
-        raise InvalidRequest(
-            f"repetition_penalty must be finite and greater than 0, got {params.repetition_penalty}",
-            "repetition_penalty",
-        )
+    # Logits are multiplied and divided by it in float32; beyond these bounds nothing but the penalty would be left.
+    _check_range("repetition_penalty", params.repetition_penalty, 1e-3, 1e3)
     _check_range("temperature", params.temperature, 0, 2)
     if not 0 < params.top_p <= 1:
         raise InvalidRequest(f"top_p must be greater than 0 and at most 1, got {params.top_p}", "top_p")

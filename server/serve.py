@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import uvicorn
 import uvloop
 
+from hybridgen.configs.presets import tokenizer_source
 from hybridgen.configs.settings import (
     Settings,
     api_keys,
@@ -104,7 +105,7 @@ def load_tokenizer(settings: Settings) -> "Tokenizer":
 
     from hybridgen.engine.tokenizer import Tokenizer
 
-    source = settings.tokenizer or settings.model
+    source = settings.tokenizer or tokenizer_source(settings.model)
     if settings.download_dir is not None and not Path(source).expanduser().exists():
         source = snapshot_download(
             source,

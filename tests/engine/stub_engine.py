@@ -56,6 +56,9 @@ class StubCore:
     def abort_choice(self, id: str, index: int) -> None:
         self._counts.pop((id, index), None)
 
+    def check_integrity(self) -> None:
+        pass
+
     def has_work(self) -> bool:
         return bool(self._counts or self._refusals)
 

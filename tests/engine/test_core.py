@@ -62,6 +62,44 @@ def test_a_request_that_cannot_be_served_is_answered_with_the_reason(
     assert message in output.error
 
 
+def test_a_penalty_at_the_edge_of_float32_does_not_end_the_engine(core: EngineCore) -> None:
+    core.add(request("good", SamplingParams(max_tokens=3, temperature=0.0, ignore_eos=True)))
+    for number, penalty in enumerate((1e39, 1e-44, 1e3, 1e-3)):
+        params = SamplingParams(max_tokens=3, repetition_penalty=penalty, ignore_eos=True)
+        core.add(request(str(number), params))
+    outputs = drain(core)
+    ends = {output.id: output.finish_reason for output in outputs if output.finish_reason}
+    assert ends == {"good": "length", "0": "error", "1": "error", "2": "length", "3": "length"}
+    assert {output.refused for output in outputs if output.error} == {"repetition_penalty"}
+
+
+@pytest.mark.parametrize("part", ["_sampler", "_scheduler"])
+def test_a_failure_while_one_request_is_added_leaves_nothing_of_it(
+    core: EngineCore, monkeypatch: pytest.MonkeyPatch, part: str
+) -> None:
+    target = getattr(core, part)
+    add = target.add
+    calls = []
+
+    def failing(*args: object, **kwargs: object) -> None:
+        calls.append(args)
+        if len(calls) == 3:  # the second choice of two that were added before it
+            raise RuntimeError("broken")
+        add(*args, **kwargs)
+
+    monkeypatch.setattr(target, "add", failing)
+    short = SamplingParams(max_tokens=3, temperature=0.0, ignore_eos=True)
+    core.add(request("good", short))
+    core.add(request("bad", SamplingParams(n=3, max_tokens=3, ignore_eos=True)))
+    monkeypatch.setattr(target, "add", add)
+    core.check_integrity()
+    outputs = drain(core)
+    ends = {output.id: output.finish_reason for output in outputs if output.finish_reason}
+    assert ends == {"good": "length", "bad": "error"}
+    core.add(request("bad", short))
+    assert drain(core)[-1].finish_reason == "length"
+
+
 def test_an_id_in_use_is_refused_and_the_first_goes_on(core: EngineCore) -> None:
     core.add(request("x", SamplingParams(max_tokens=3, temperature=0.0, ignore_eos=True)))
     core.add(request("x"))

@@ -94,3 +94,16 @@ def test_a_resumed_prompt_keeps_its_log_probabilities(llm: LLM, folder: Path) ->
             assert wanted is not None
             assert got.token == wanted.token
             assert got.logprob == pytest.approx(wanted.logprob, abs=1e-4)
+
+
+def test_a_preset_without_a_tokenizer_answers_with_the_embedded_ones(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, folder: Path
+) -> None:
+    # The presets themselves are too large for a test: stand a small config in their place.
+    (tmp_path / "small").mkdir()
+    config = (folder / "config.json").read_text().replace('"vocab_size": 320', '"vocab_size": 4096')
+    (tmp_path / "small" / "config.json").write_text(config)
+    monkeypatch.setattr("hybridgen.configs.presets._FOLDER", tmp_path)
+    small = LLM("small", load_format="dummy", device_pages=64, block_size=16, threads=1)
+    (answer,) = small.generate("Once upon a time", GREEDY)
+    assert len(answer.outputs[0].token_ids) == 12
