@@ -10,6 +10,7 @@ window of tokens.
 
 import codecs
 import json
+import math
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
@@ -94,6 +95,7 @@ class Tokenizer:
             token for token, added in self._tokenizer.added_tokens_decoder.items() if added.special
         )
         self._bytes: dict[int, bytes] = {}
+        self._max_token_bytes: float | None = None  # of text that one token can stand for
         self.vocab_size = len(self._tokenizer)
         self.max_token_id = max(self._tokenizer.get_vocab().values(), default=-1)
         self.eos_token_ids = _eos_token_ids(self._tokenizer, source, revision, local_files_only)
@@ -103,10 +105,21 @@ class Tokenizer:
         return self._tokenizer.chat_template is not None
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        return self.encode_all([text], add_special_tokens=add_special_tokens)[0]
+
+    def encode_all(self, texts: Sequence[str], *, add_special_tokens: bool = True) -> list[list[int]]:
+        """Token ids of each text. Other threads go on meanwhile, unless the tokenizer is written in Python."""
         if self._backend is not None:
-            ids: list[int] = self._backend.encode(text, add_special_tokens=add_special_tokens).ids
-            return ids
-        return list(self._tokenizer.encode(text, add_special_tokens=add_special_tokens))
+            # `encode` of the backend keeps the interpreter's lock all the while; this gives it up.
+            encodings = self._backend.encode_batch_fast(list(texts), add_special_tokens=add_special_tokens)
+            return [encoding.ids for encoding in encodings]
+        return [list(self._tokenizer.encode(text, add_special_tokens=add_special_tokens)) for text in texts]
+
+    def min_tokens(self, text: str) -> int:
+        """At least so many tokens the text has: found without tokenizing it, and often far too few."""
+        if self._max_token_bytes is None:
+            self._max_token_bytes = self._find_max_token_bytes()
+        return math.ceil(len(text.encode()) / self._max_token_bytes)
 
     def decode(self, tokens: Sequence[int], *, skip_special_tokens: bool = False) -> str:
         """Ids that the tokenizer does not have add no text."""
@@ -160,6 +173,14 @@ class Tokenizer:
             raw = text.encode()
         self._bytes[token] = raw
         return raw
+
+    def _find_max_token_bytes(self) -> float:
+        """Infinite where a token can stand for text of any length: unknown words, dropped spaces."""
+        if self._backend is None or self._pieces is None:
+            return math.inf
+        num_shrinking = _shrinking(json.loads(self._backend.to_str()))
+        longest = max((len(self._pieces.to_bytes(name)) for name in self._tokenizer.get_vocab()), default=1)
+        return max(longest, 1) * num_shrinking
 
     def token_name(self, token: int) -> str | None:
         """The token as the vocabulary spells it. None for an id that it does not have."""
@@ -311,6 +332,51 @@ def _pieces(decoder: Mapping[str, Any] | None) -> _Pieces | None:
         num_stripped=num_stripped,
         drops_in_first=drops_in_first,
     )
+
+
+# Canonical composition makes at most this many times fewer bytes of a text (3.5, of U+0390).
+_MAX_COMPOSITION = 4
+
+_KEEPING_PRE_TOKENIZERS = frozenset({"ByteLevel", "Metaspace", "Digits", "Split"})
+
+
+def _shrinking(files: Mapping[str, Any]) -> float:
+    """Bytes of text for each byte that its tokens stand for, at most. Infinite for what is not known here.
+
+    Args:
+        files: the content of a tokenizer.json.
+    """
+    model, factor = files["model"], 1.0
+    if model["type"] != "BPE" or not (
+        model.get("byte_fallback")
+        or (model.get("unk_token") is None and files["decoder"]["type"] == "ByteLevel")
+    ):
+        return math.inf  # one unknown token may stand for a whole text
+    if any(added["lstrip"] or added["rstrip"] for added in files["added_tokens"]):
+        return math.inf
+    for step in _steps(files.get("normalizer"), "normalizers"):
+        match step:
+            case {"type": "NFC"}:
+                factor *= _MAX_COMPOSITION
+            case {"type": "Prepend"}:
+                pass
+            case {"type": "Replace", "pattern": {"String": str(old)}, "content": str(new)} if len(
+                new.encode()
+            ) >= len(old.encode()):
+                pass
+            case _:
+                return math.inf
+    for step in _steps(files.get("pre_tokenizer"), "pretokenizers"):
+        if step["type"] not in _KEEPING_PRE_TOKENIZERS or step.get("behavior") == "Removed":
+            return math.inf
+    return factor
+
+
+def _steps(part: Mapping[str, Any] | None, name: str) -> Sequence[Mapping[str, Any]]:
+    if part is None:
+        return ()
+    steps: Sequence[Mapping[str, Any]] = part[name] if part["type"] == "Sequence" else (part,)
+    return steps
 
 
 class _ByteStream(TextStream):

@@ -62,6 +62,7 @@ async def _parse(service: Service, body: ChatCompletionRequest, request_id: str)
         add_generation_prompt=body.add_generation_prompt and not _continues_by_default(body),
         continue_final_message=body.continue_final_message,
         chat_template_kwargs=body.chat_template_kwargs,
+        param="messages",
     )
     check_prompt(service, prompt, "messages")
     asked = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens

@@ -23,7 +23,7 @@ from hybridgen.server.formatting import (
     usage_so_far,
 )
 from hybridgen.server.generation import Generation, Piece
-from hybridgen.server.inputs import check_prompt, encode, fit_max_tokens, sampling_params
+from hybridgen.server.inputs import check_prompt, encode_all, fit_max_tokens, sampling_params
 from hybridgen.server.openapi import generation_responses
 from hybridgen.server.protocol import (
     Completion,
@@ -55,12 +55,7 @@ def routes(service: Service) -> APIRouter:
 async def _parse(service: Service, body: CompletionRequest, request_id: str) -> "_Answer":
     service.check_model(body.model)
     body.check_supported()
-    prompts = [
-        await encode(service, prompt, add_special_tokens=body.add_special_tokens)
-        if isinstance(prompt, str)
-        else prompt
-        for prompt in body.prompt
-    ]
+    prompts = await _encode_prompts(service, body)
     for prompt in prompts:
         check_prompt(service, prompt, "prompt")
 
@@ -84,6 +79,13 @@ async def _parse(service: Service, body: CompletionRequest, request_id: str) -> 
     name = f"cmpl-{request_id}"
     generation = Generation(service, prompts, params, name, body.priority, discard_tokens=asked == 0)
     return _Answer(service, body, generation, name)
+
+
+async def _encode_prompts(service: Service, body: CompletionRequest) -> list[list[int]]:
+    texts = [prompt for prompt in body.prompt if isinstance(prompt, str)]
+    if not texts:
+        return [prompt for prompt in body.prompt if not isinstance(prompt, str)]
+    return await encode_all(service, texts, add_special_tokens=body.add_special_tokens, param="prompt")
 
 
 @dataclass(frozen=True, slots=True)

@@ -63,13 +63,24 @@ class ModelNotFound(ApiError):
 
 
 class ContextLengthExceeded(ApiError):
-    """`max_tokens` is None when the prompt alone leaves no room for a token."""
+    """`max_tokens` is None when the prompt alone leaves no room for a token.
+
+    Args:
+        at_least: the prompt was not tokenized: its length alone tells.
+    """
 
     def __init__(
-        self, num_prompt_tokens: int, max_tokens: int | None, max_model_len: int, param: str
+        self,
+        num_prompt_tokens: int,
+        max_tokens: int | None,
+        max_model_len: int,
+        param: str,
+        *,
+        at_least: bool = False,
     ) -> None:
         asked = (
-            f"your prompt contains {num_prompt_tokens} tokens, which leaves no room for more. Shorten it."
+            f"your prompt contains {'at least ' if at_least else ''}{num_prompt_tokens} tokens, which leaves no "
+            "room for more. Shorten it."
             if max_tokens is None
             else f"you requested {num_prompt_tokens + max_tokens} tokens ({num_prompt_tokens} in the prompt, "
             f"{max_tokens} in the completion). Shorten either."

@@ -1,7 +1,7 @@
 """From request bodies to token ids and `SamplingParams`: the parse that both kinds of completion share."""
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 from hybridgen.engine.request import InvalidRequest, SamplingParams, check_sampling_params
@@ -10,20 +10,64 @@ from hybridgen.server.protocol import GenerationRequest, Message
 from hybridgen.server.service import Service
 
 Number = TypeVar("Number", int, float)
+T = TypeVar("T")
 
 # Template variables that are fields of the request.
 _NOT_VARIABLES = frozenset({"messages", "tools", "add_generation_prompt", "continue_final_message"})
 
-# Tokenizing releases the GIL. Shorter texts take less than the hand-over to a thread is worth.
-_LONG_TEXT = 8_192  # characters
+# Tokenizing and rendering on a thread let streams go on meanwhile. Less text than this, in characters, takes
+# less time than the hand-over is worth.
+_LONG_TEXT = 8_192
 
 
-async def encode(service: Service, text: str, *, add_special_tokens: bool) -> list[int]:
-    """Token ids of `text`. A long text is tokenized on a thread, so that streams go on meanwhile."""
-    tokenizer = service.tokenizer
-    if len(text) < _LONG_TEXT:
-        return tokenizer.encode(text, add_special_tokens=add_special_tokens)
-    return await asyncio.to_thread(tokenizer.encode, text, add_special_tokens=add_special_tokens)
+async def encode_all(
+    service: Service, texts: Sequence[str], *, add_special_tokens: bool, param: str | None
+) -> list[list[int]]:
+    """Token ids of each text.
+
+    Args:
+        param: the field that holds them. None: they need not fit into the context.
+
+    Raises:
+        ContextLengthExceeded: one cannot fit, as its length alone tells; a text that passes may still be too
+            long.
+    """
+    return await on_thread(
+        sum(map(len, texts)), lambda: _encode_all(service, texts, add_special_tokens, param)
+    )
+
+
+def _encode_all(
+    service: Service, texts: Sequence[str], add_special_tokens: bool, param: str | None
+) -> list[list[int]]:
+    max_model_len = service.engine.ready.max_model_len
+    for text in texts:
+        if param is not None and len(text) >= _LONG_TEXT:
+            num_tokens = service.tokenizer.min_tokens(text)
+            if num_tokens > max_model_len:
+                raise ContextLengthExceeded(num_tokens, None, max_model_len, param, at_least=True)
+    return service.tokenizer.encode_all(texts, add_special_tokens=add_special_tokens)
+
+
+async def on_thread(size: int, work: Callable[[], T]) -> T:
+    """The result of `work`, done on a thread when `size`, in characters or tokens, makes it long."""
+    return work() if size < _LONG_TEXT else await asyncio.to_thread(work)
+
+
+def _num_chars(value: object) -> int:
+    """Characters in all the strings of some JSON. Not recursive: a client decides how deep it is."""
+    num_chars, pending = 0, [value]
+    while pending:
+        match pending.pop():
+            case str(text):
+                num_chars += len(text)
+            case list(items):
+                num_chars += len(items)
+                pending += items
+            case dict(fields):
+                num_chars += len(fields)
+                pending += fields.values()
+    return num_chars
 
 
 async def encode_chat(
@@ -34,10 +78,15 @@ async def encode_chat(
     add_generation_prompt: bool,
     continue_final_message: bool,
     chat_template_kwargs: dict[str, Any] | None,
+    param: str | None,
 ) -> list[int]:
     """Token ids of a chat as the model's template writes it.
 
+    Args:
+        param: as in `encode_all`.
+
     Raises:
+        ContextLengthExceeded: as in `encode_all`.
         InvalidRequest: the template refuses these messages, or two of the arguments contradict each other.
     """
     if continue_final_message and add_generation_prompt:
@@ -49,17 +98,21 @@ async def encode_chat(
     if clash := sorted(variables.keys() & _NOT_VARIABLES):
         raise InvalidRequest(f"{', '.join(clash)}: set the field of that name", "chat_template_kwargs")
     conversation = [message.for_template(index) for index, message in enumerate(messages)]
-    try:
-        text = service.tokenizer.apply_chat_template(
-            conversation,
-            add_generation_prompt=add_generation_prompt,
-            continue_final_message=continue_final_message,
-            **variables,
-        )
-        text.encode()  # fields that only the template reads may hold half a surrogate pair
-    except UnicodeEncodeError as exc:
-        raise InvalidRequest(f"the messages hold what is not text: {exc}", "messages") from exc
-    return await encode(service, text, add_special_tokens=add_special_tokens)
+
+    def render_and_encode() -> list[int]:
+        try:
+            text = service.tokenizer.apply_chat_template(
+                conversation,
+                add_generation_prompt=add_generation_prompt,
+                continue_final_message=continue_final_message,
+                **variables,
+            )
+            text.encode()  # fields that only the template reads may hold half a surrogate pair
+        except UnicodeEncodeError as exc:
+            raise InvalidRequest(f"the messages hold what is not text: {exc}", "messages") from exc
+        return _encode_all(service, [text], add_special_tokens, param)[0]
+
+    return await on_thread(_num_chars([conversation, variables]), render_and_encode)
 
 
 def check_prompt(service: Service, prompt: Sequence[int], param: str) -> None:

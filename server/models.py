@@ -5,7 +5,7 @@ from starlette.responses import Response
 
 from hybridgen.engine.request import InvalidRequest
 from hybridgen.server.formatting import json_response
-from hybridgen.server.inputs import encode, encode_chat
+from hybridgen.server.inputs import encode_all, encode_chat, on_thread
 from hybridgen.server.openapi import answers
 from hybridgen.server.protocol import (
     DetokenizeRequest,
@@ -48,14 +48,17 @@ def routes(service: Service) -> APIRouter:
                 add_generation_prompt=body.add_generation_prompt,
                 continue_final_message=body.continue_final_message,
                 chat_template_kwargs=body.chat_template_kwargs,
+                param=None,
             )
         else:
             assert body.prompt is not None
             with_special = body.add_special_tokens is None or body.add_special_tokens
-            tokens = await encode(service, body.prompt, add_special_tokens=with_special)
-        texts = (
-            [service.tokenizer.token_text(token)[0] for token in tokens] if body.return_token_strs else None
-        )
+            [tokens] = await encode_all(service, [body.prompt], add_special_tokens=with_special, param=None)
+        texts: list[str] | None = None
+        if body.return_token_strs:
+            texts = await on_thread(
+                len(tokens), lambda: [service.tokenizer.token_text(token)[0] for token in tokens]
+            )
         return json_response(
             TokenizeResponse(
                 count=len(tokens),
@@ -75,7 +78,8 @@ def routes(service: Service) -> APIRouter:
                 f"token id {max(body.tokens)} is not in the vocabulary of {vocab_size}", "tokens"
             )
         body.log_unknown_fields()
-        return json_response(DetokenizeResponse(prompt=service.tokenizer.decode(body.tokens)))
+        text = await on_thread(len(body.tokens), lambda: service.tokenizer.decode(body.tokens))
+        return json_response(DetokenizeResponse(prompt=text))
 
     return router
 

@@ -241,3 +241,18 @@ def test_without_a_template_a_chat_is_refused_with_the_way_out(tmp_path: Path) -
     with pytest.raises(InvalidRequest, match="/v1/completions") as refusal:
         tokenizer.apply_chat_template([{"role": "user", "content": "hi"}])
     assert refusal.value.param == "messages"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_text_has_fewer_tokens_than_its_least(folders: dict[str, Path], kind: str) -> None:
+    tokenizer, source = load(folders, kind), random.Random(kind)
+    for _ in range(200):
+        text = "".join(source.choices(["the", " ", "   ", "é", "🙂", "zzzz", "<tool é>", "</s>"], k=20))
+        assert tokenizer.min_tokens(text) <= len(tokenizer.encode(text, add_special_tokens=False))
+
+
+def test_the_least_number_of_tokens_is_the_length_in_longest_tokens(folders: dict[str, Path]) -> None:
+    tokenizer = load(folders, "byte_level")
+    longest = max(len(tokenizer.token_bytes(token)) for token in range(tokenizer.vocab_size))
+    assert tokenizer.min_tokens("a" * (10 * longest + 1)) == 11
+    assert load(folders, "wordpiece").min_tokens("a" * 1000) == 0
