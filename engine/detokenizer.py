@@ -1,5 +1,6 @@
 """The text of one choice as its tokens arrive: whole characters, and never any part of a stop string."""
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -105,14 +106,7 @@ class _Matcher:
         self.length = (
             0  # of the longest beginning of `stop`, shorter than it, with which the text so far ends
         )
-        # For each beginning of `stop`: the length of the longest shorter one with which it ends.
-        self._shorter = [0] * len(stop)
-        length = 0
-        for index in range(1, len(stop)):
-            while length and stop[length] != stop[index]:
-                length = self._shorter[length - 1]
-            length += stop[length] == stop[index]
-            self._shorter[index] = length
+        self._shorter = _shorter_beginnings(stop)
 
     def advance(self, char: str) -> bool:
         """Whether the text, with this character, ends with the string."""
@@ -123,3 +117,16 @@ class _Matcher:
         found = length == len(self.stop)
         self.length = self._shorter[length - 1] if found else length
         return found
+
+
+@functools.lru_cache(maxsize=256)  # the choices of a request, and often the requests of a client, share it
+def _shorter_beginnings(stop: str) -> tuple[int, ...]:
+    """For each beginning of `stop`: the length of the longest shorter one with which it ends."""
+    shorter = [0] * len(stop)
+    length = 0
+    for index in range(1, len(stop)):
+        while length and stop[length] != stop[index]:
+            length = shorter[length - 1]
+        length += stop[length] == stop[index]
+        shorter[index] = length
+    return tuple(shorter)

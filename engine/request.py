@@ -11,6 +11,10 @@ FinishReason = Literal["stop", "length", "abort", "error"]
 
 # Each choice is a sequence of its own; more than this in one request is taken for a mistake.
 MAX_N = 128
+# Every character of every choice is compared with each stop string, and the server waits for it.
+MAX_STOP_STRINGS = 64
+MAX_STOP_STRING_CHARS = 1024
+MAX_STOP_TOKEN_IDS = 1024
 
 
 class InvalidRequest(Exception):
@@ -74,8 +78,7 @@ def check_sampling_params(params: SamplingParams, *, vocab_size: int, max_logpro
     _check_lengths(params)
     _check_num_logprobs("logprobs", params.logprobs, vocab_size, max_logprobs)
     _check_num_logprobs("prompt_logprobs", params.prompt_logprobs, vocab_size, max_logprobs)
-    if "" in params.stop:
-        raise InvalidRequest("stop must not contain an empty string", "stop")
+    _check_stops(params)
     for token in params.stop_token_ids:
         _check_token("stop_token_ids", token, vocab_size)
     for token, bias in params.logit_bias.items():
@@ -103,6 +106,21 @@ def _check_lengths(params: SamplingParams) -> None:
             f"min_tokens must be at most max_tokens = {params.max_tokens}, got {params.min_tokens}",
             "min_tokens",
         )
+
+
+def _check_stops(params: SamplingParams) -> None:
+    if "" in params.stop:
+        raise InvalidRequest("stop must not contain an empty string", "stop")
+    _check_most("stop", len(params.stop), MAX_STOP_STRINGS, "strings")
+    _check_most(
+        "stop", max(map(len, params.stop), default=0), MAX_STOP_STRING_CHARS, "characters in a string"
+    )
+    _check_most("stop_token_ids", len(params.stop_token_ids), MAX_STOP_TOKEN_IDS, "token ids")
+
+
+def _check_most(param: str, num: int, limit: int, what: str) -> None:
+    if num > limit:
+        raise InvalidRequest(f"{param} may have at most {limit} {what}, got {num}", param)
 
 
 def _check_num_logprobs(param: str, value: int | None, vocab_size: int, limit: int) -> None:

@@ -155,7 +155,7 @@ def sampling_params(
         InvalidRequest: a value is out of range.
     """
     defaults = service.defaults
-    stop = (body.stop,) if isinstance(body.stop, str) else tuple(body.stop or ())
+    stop = (body.stop,) if isinstance(body.stop, str) else tuple(dict.fromkeys(body.stop or ()))
     params = SamplingParams(
         n=body.n,
         max_tokens=max_tokens,
@@ -170,7 +170,7 @@ def sampling_params(
         logit_bias=body.logit_bias or {},
         seed=body.seed,
         stop=stop,
-        stop_token_ids=tuple(body.stop_token_ids or ()),
+        stop_token_ids=tuple(dict.fromkeys(body.stop_token_ids or ())),
         include_stop_str_in_output=body.include_stop_str_in_output,
         ignore_eos=body.ignore_eos,
         logprobs=logprobs,

@@ -6,7 +6,15 @@ from typing import Any
 import msgspec
 import pytest
 
-from hybridgen.engine.request import MAX_N, InvalidRequest, SamplingParams, check_sampling_params
+from hybridgen.engine.request import (
+    MAX_N,
+    MAX_STOP_STRING_CHARS,
+    MAX_STOP_STRINGS,
+    MAX_STOP_TOKEN_IDS,
+    InvalidRequest,
+    SamplingParams,
+    check_sampling_params,
+)
 
 VOCAB_SIZE = 1000
 
@@ -39,12 +47,14 @@ def test_the_defaults_pass() -> None:
         {"logprobs": 0},
         {"logprobs": 20, "prompt_logprobs": 20},
         {"stop": ("a", " ")},
+        {"stop": ("a" * MAX_STOP_STRING_CHARS,) * MAX_STOP_STRINGS},
         {"stop_token_ids": (0, VOCAB_SIZE - 1)},
+        {"stop_token_ids": (0,) * MAX_STOP_TOKEN_IDS},
         {"logit_bias": {0: -100.0, VOCAB_SIZE - 1: 100.0}},
         {"seed": -(1 << 63)},
         {"seed": (1 << 63) - 1},
     ],
-    ids=str,
+    ids=lambda value: str(value)[:60],
 )
 def test_the_ends_of_each_range_pass(fields: dict[str, Any]) -> None:
     check(**fields)
@@ -79,6 +89,9 @@ def test_the_ends_of_each_range_pass(fields: dict[str, Any]) -> None:
         ({"logprobs": -1}, ("20", "1000")),
         ({"prompt_logprobs": 21}, ("20", "21")),
         ({"stop": ("a", "")}, ("empty",)),
+        ({"stop": ("a",) * (MAX_STOP_STRINGS + 1)}, ("64", "65")),
+        ({"stop": ("a" * (MAX_STOP_STRING_CHARS + 1),)}, ("1024", "1025")),
+        ({"stop_token_ids": (0,) * (MAX_STOP_TOKEN_IDS + 1)}, ("1024", "1025")),
         ({"stop_token_ids": (1, VOCAB_SIZE)}, ("999", "1000")),
         ({"stop_token_ids": (-1,)}, ("999", "-1")),
         ({"logit_bias": {VOCAB_SIZE: 1.0}}, ("999", "1000")),
@@ -87,7 +100,7 @@ def test_the_ends_of_each_range_pass(fields: dict[str, Any]) -> None:
         ({"seed": 1 << 63}, ("64", str(1 << 63))),
         ({"seed": -(1 << 63) - 1}, ("64", str(-(1 << 63) - 1))),
     ],
-    ids=str,
+    ids=lambda value: str(value)[:60],
 )
 def test_beyond_a_range_the_refusal_names_the_field_the_limit_and_the_value(
     fields: dict[str, Any], numbers: tuple[str, ...]

@@ -64,3 +64,11 @@ async def test_a_text_that_cannot_fit_is_refused_without_tokenizing_it(
     assert (error["param"], error["code"]) == (param, "context_length_exceeded")
     assert "at least" in error["message"]
     assert (await make_client().post("/tokenize", json={"prompt": LONG})).json()["count"] == len(LONG)
+
+
+async def test_a_stop_that_is_given_again_counts_once(make_client: MakeClient) -> None:
+    engine = FakeEngine()
+    body = {"prompt": "x", "stop": ["b", "a", "b"] * 40, "stop_token_ids": [3, 1, 3] * 1000}
+    assert (await make_client(engine).post("/v1/completions", json=body)).status_code == 200
+    [request] = engine.requests
+    assert (request.params.stop, request.params.stop_token_ids) == (("b", "a"), (3, 1))
