@@ -16,6 +16,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from transformers import AutoTokenizer, GenerationConfig, PretrainedConfig, PreTrainedTokenizerBase
@@ -24,9 +25,15 @@ from hybridgen.engine.request import InvalidRequest
 
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
-# Parameters of transformers' function that are not variables of a template.
+# Names that transformers' functions and Jinja's have for themselves.
 _NOT_TEMPLATE_VARIABLES = frozenset(
     {
+        "self",
+        "messages",
+        "conversations",
+        "tools",
+        "add_generation_prompt",
+        "continue_final_message",
         "conversation",
         "chat_template",
         "tokenize",
@@ -194,7 +201,7 @@ class Tokenizer:
         tools: Sequence[Mapping[str, Any]] | None = None,
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
-        **variables: Any,
+        variables: Mapping[str, Any] = MappingProxyType({}),
     ) -> str:
         """The chat as text, special tokens included: encode it with `add_special_tokens=False`.
 

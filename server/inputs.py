@@ -105,7 +105,7 @@ async def encode_chat(
                 conversation,
                 add_generation_prompt=add_generation_prompt,
                 continue_final_message=continue_final_message,
-                **variables,
+                variables=variables,
             )
             text.encode()  # fields that only the template reads may hold half a surrogate pair
         except UnicodeEncodeError as exc:

@@ -189,7 +189,8 @@ def test_the_chat_template_gets_messages_tools_and_variables(folders: dict[str, 
     assert tokenizer.has_chat_template
     assert tokenizer.apply_chat_template(messages) == "<user>hi<assistant>"
     assert (
-        tokenizer.apply_chat_template(messages, add_generation_prompt=False, mood="calm") == "<user>hi[calm]"
+        tokenizer.apply_chat_template(messages, add_generation_prompt=False, variables={"mood": "calm"})
+        == "<user>hi[calm]"
     )
     tools = [{"type": "function", "function": {"name": "f"}}]
     assert tokenizer.apply_chat_template(messages, tools=tools) == "<user>hi<tool f><assistant>"
@@ -228,9 +229,9 @@ def test_messages_that_the_template_refuses_are_the_clients_fault(
 
 def test_a_client_cannot_bring_a_template_or_change_what_comes_out(folders: dict[str, Path]) -> None:
     tokenizer = load(folders, "byte_level")
-    for name in ("chat_template", "tokenize", "return_dict"):
+    for name in ("chat_template", "tokenize", "return_dict", "self", "conversations"):
         with pytest.raises(InvalidRequest, match=name) as refusal:
-            tokenizer.apply_chat_template([{"role": "user", "content": "hi"}], **{name: "x"})
+            tokenizer.apply_chat_template([{"role": "user", "content": "hi"}], variables={name: "x"})
         assert refusal.value.param == "chat_template_kwargs"
 
 

@@ -111,6 +111,11 @@ BAD_CHATS: list[tuple[dict[str, Any], str]] = [
     ),
     ({"messages": MESSAGES, "chat_template_kwargs": {"messages": 1}}, "chat_template_kwargs"),
     ({"messages": MESSAGES, "chat_template_kwargs": {"tokenize": True}}, "chat_template_kwargs"),
+    ({"messages": MESSAGES, "chat_template_kwargs": {"self": 1}}, "chat_template_kwargs"),
+    (
+        {"messages": MESSAGES, "chat_template_kwargs": {"variables": 1, "conversations": 1}},
+        "chat_template_kwargs",
+    ),
     ({"messages": MESSAGES, "chat_template_kwargs": 5}, "chat_template_kwargs"),
 ]
 
@@ -121,6 +126,20 @@ async def test_a_bad_chat_is_a_400_that_names_its_field(
 ) -> None:
     error = error_of(await make_client().post(CHAT, json=body), 400)
     assert error["param"] == param, error
+
+
+@pytest.mark.parametrize("name", ["self", "conversation", "tokenize", "messages"])
+async def test_tokenize_refuses_a_template_variable_that_is_none(make_client: MakeClient, name: str) -> None:
+    body = {"messages": MESSAGES, "chat_template_kwargs": {name: 1}}
+    error = error_of(await make_client().post("/tokenize", json=body), 400)
+    assert error["param"] == "chat_template_kwargs"
+
+
+async def test_any_other_name_may_be_a_template_variable(make_client: MakeClient) -> None:
+    names = ("variables", "tokenizer", "args", "kwargs", "text", "cls", "documents_")
+    body = {"messages": MESSAGES, "chat_template_kwargs": dict.fromkeys(names, 1)}
+    reply = await make_client().post(CHAT, json=body)
+    assert reply.status_code == 200, reply.text
 
 
 UNSUPPORTED: list[tuple[str, str, Any]] = [
