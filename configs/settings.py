@@ -285,7 +285,10 @@ class Settings(BaseSettings):
         unit="bytes",
     )
     max_logprobs: int = _setting(
-        "Server", "Most alternatives per token a request may ask for.", default=20, ge=0, le=1000
+        "Server",
+        "Most alternatives per token a request may ask for; -1 is the whole vocabulary.",
+        default=20,
+        ge=-1,
     )
     sse_keep_alive_interval: float = _setting(
         "Server",

@@ -12,7 +12,14 @@ from starlette.responses import Response
 
 from hybridgen.engine.request import InvalidRequest, TokenLogprob
 from hybridgen.engine.tokenizer import Tokenizer
-from hybridgen.server.formatting import event, finite, json_response, prompt_logprobs, usage_so_far
+from hybridgen.server.formatting import (
+    alternatives,
+    event,
+    finite,
+    json_response,
+    prompt_logprobs,
+    usage_so_far,
+)
 from hybridgen.server.generation import Generation, Piece
 from hybridgen.server.inputs import check_prompt, encode_chat, fit_max_tokens, sampling_params
 from hybridgen.server.openapi import generation_responses
@@ -170,7 +177,7 @@ class _Answer:
 def _token_logprob(tokenizer: Tokenizer, position: TokenLogprob, num_top: int) -> ChatTokenLogprob:
     text, raw = tokenizer.token_text(position.token)
     top: list[TopLogprob] = []
-    for token, logprob in position.top[:num_top]:
+    for token, logprob in alternatives(position, num_top):
         top_text, top_raw = tokenizer.token_text(token)
         top.append(TopLogprob(token=top_text, logprob=finite(logprob), bytes=list(top_raw)))
     return ChatTokenLogprob(token=text, logprob=finite(position.logprob), bytes=list(raw), top_logprobs=top)

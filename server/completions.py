@@ -15,6 +15,7 @@ from hybridgen.engine.detokenizer import Detokenizer
 from hybridgen.engine.request import InvalidRequest, TokenLogprob
 from hybridgen.engine.tokenizer import Tokenizer
 from hybridgen.server.formatting import (
+    alternatives,
     event,
     finite,
     json_response,
@@ -66,15 +67,14 @@ async def _parse(service: Service, body: CompletionRequest, request_id: str) -> 
     max_tokens = None if asked is None else max(asked, 1)
     for prompt in prompts:
         fit_max_tokens(service, len(prompt), max_tokens, "prompt")
-    echo_logprobs = body.logprobs if body.echo else None
+    # The prompt's logprobs are given in two shapes, each with as many alternatives as were asked for in it.
+    wanted = [num for num in (body.logprobs if body.echo else None, body.prompt_logprobs) if num is not None]
     params = sampling_params(
         service,
         body,
         max_tokens=max_tokens,
         logprobs=body.logprobs,
-        prompt_logprobs=max(
-            (wanted for wanted in (echo_logprobs, body.prompt_logprobs) if wanted is not None), default=None
-        ),
+        prompt_logprobs=-1 if -1 in wanted else max(wanted, default=None),
     )
     name = f"cmpl-{request_id}"
     generation = Generation(service, prompts, params, name, body.priority, discard_tokens=asked == 0)
@@ -190,7 +190,7 @@ class _Answer:
 
     def _prompt_logprobs(self, choice: int) -> PromptLogprobs:
         positions = self.generation.prompt_logprobs[choice // self.body.n]
-        return prompt_logprobs(self.service.tokenizer, positions, self.generation.params.prompt_logprobs or 0)
+        return prompt_logprobs(self.service.tokenizer, positions, self.body.prompt_logprobs or 0)
 
 
 def _logprobs(
@@ -207,7 +207,7 @@ def _logprobs(
             top_logprobs.append(None)
             continue
         top: dict[str, float] = {}
-        for token, logprob in ((position.token, position.logprob), *position.top[:num_top]):
+        for token, logprob in ((position.token, position.logprob), *alternatives(position, num_top)):
             top.setdefault(token_name(tokenizer, token), finite(logprob))
         top_logprobs.append(top)
     return CompletionLogprobs(

@@ -39,6 +39,11 @@ def finite(logprob: float) -> float:
     return max(logprob, LOWEST_LOGPROB)
 
 
+def alternatives(position: TokenLogprob, num_top: int) -> Sequence[tuple[int, float]]:
+    """The `num_top` likeliest tokens with their logprobs; -1 gives the whole vocabulary."""
+    return position.top if num_top == -1 else position.top[:num_top]
+
+
 def token_name(tokenizer: Tokenizer, token: int) -> str:
     """The token's text; for part of a character OpenAI's "bytes:\\xe2\\x82", which tells such parts apart."""
     text, raw = tokenizer.token_text(token)
@@ -55,7 +60,8 @@ def prompt_logprobs(
             formatted.append(None)
             continue
         ranked = {
-            token: (logprob, rank) for rank, (token, logprob) in enumerate(position.top[:num_top], start=1)
+            token: (logprob, rank)
+            for rank, (token, logprob) in enumerate(alternatives(position, num_top), start=1)
         }
         ranked[position.token] = (position.logprob, position.rank)
         formatted.append(

@@ -354,3 +354,37 @@ async def test_an_aborted_choice_says_so(make_client: MakeClient) -> None:
     reply = await make_client(FakeEngine(lambda _: script)).post(URL, json={"prompt": "x"})
     assert reply.json()["choices"][0]["text"] == "a"
     assert reply.json()["choices"][0]["finish_reason"] == "abort"
+
+
+async def test_the_whole_vocabulary_is_more_than_any_number_of_alternatives(make_client: MakeClient) -> None:
+    body = {"prompt": "x", "max_tokens": 1, "echo": True, "logprobs": 2, "prompt_logprobs": -1}
+    engine = FakeEngine(lambda _: [refused()])
+    reply = await make_client(engine).post(URL, json=body)
+    assert (reply.status_code, reply.json()["error"]["param"]) == (400, "prompt_logprobs")
+    assert engine.requests == []
+    await make_client(engine, max_logprobs=-1).post(URL, json=body)
+    assert [request.params.prompt_logprobs for request in engine.requests] == [-1]
+
+
+def refused() -> Output:
+    return Output(id="", finish_reason="error", error="no", refused="prompt")
+
+
+async def test_each_shape_of_the_prompts_logprobs_has_the_alternatives_asked_for_in_it(
+    make_client: MakeClient,
+) -> None:
+    everything = tuple((token, -float(rank)) for rank, token in enumerate(range(97, 103), start=1))
+    output = Output(
+        id="",
+        tokens=(97,),
+        logprobs=(logprob(97, -1.0, top=everything),),
+        prompt_logprobs=(None, logprob(97, -1.0, top=everything)),
+        finish_reason="length",
+    )
+    body = {"prompt": "xa", "max_tokens": 1, "echo": True, "logprobs": 3}
+    for wanted, num in ((2, 2), (-1, 6)):
+        client = make_client(FakeEngine(lambda _: [output]), max_logprobs=-1)
+        reply = await client.post(URL, json={**body, "prompt_logprobs": wanted})
+        [choice] = reply.json()["choices"]
+        assert len(choice["prompt_logprobs"][1]) == num
+        assert [top and len(top) for top in choice["logprobs"]["top_logprobs"]] == [None, 3, 3]
