@@ -38,6 +38,15 @@ _log = logging.getLogger(__name__)
 INBOX = "to-engine"  # names of the Unix sockets in the folder; the server binds, the engine connects
 OUTBOX = "from-engine"
 
+# By name: their modules import torch, which stubs do without.
+_EXPLAINED = frozenset(
+    {
+        "hybridgen.engine.weights.WeightError",
+        "hybridgen.engine.model_spec.UnsupportedModel",
+        "hybridgen.engine.kv_store.NotEnoughMemory",
+    }
+)
+
 # How long the last message may take to leave when the process ends.
 _LINGER_MS = 1000
 
@@ -100,8 +109,13 @@ def main(build: Callable[[EngineSettings], Core] = build_core) -> int:
         try:
             core = build(settings)
         except Exception as error:
-            _log.exception("the engine could not start")
-            outbox.send(msgspec.msgpack.encode(Failed(message=_text(error))))
+            message = _text(error)
+            if _explains_itself(error):
+                message = " ".join(str(error).split())
+                _log.debug("the engine could not start", exc_info=error)
+            else:
+                _log.exception("the engine could not start")
+            outbox.send(msgspec.msgpack.encode(Failed(message=message)))
             return 1
         outbox.send(msgspec.msgpack.encode(core.ready))
         try:
@@ -154,6 +168,13 @@ def _exit_with_parent(folder: Path) -> NoReturn:
     shutil.rmtree(folder, ignore_errors=True)  # The server would have removed it.
     # Not sys.exit: the main thread may be deep in a forward pass, and nobody is left to read its result.
     os._exit(1)
+
+
+def _explains_itself(error: Exception) -> bool:
+    """Whether the model or the settings are at fault and the text says how, so that a traceback adds nothing."""
+    return isinstance(error, ValueError) or any(
+        f"{kind.__module__}.{kind.__name__}" in _EXPLAINED for kind in type(error).__mro__
+    )
 
 
 def _text(error: Exception) -> str:

@@ -1,5 +1,6 @@
 """The HTTP application: puts routes, middlewares and error handling around one engine."""
 
+import logging
 import time
 
 from fastapi import FastAPI
@@ -10,13 +11,15 @@ from hybridgen.configs.settings import Settings, api_keys
 from hybridgen.engine.client import EngineClient
 from hybridgen.engine.tokenizer import Tokenizer
 from hybridgen.server import chat_completions, completions, models, operations
-from hybridgen.server.defaults import load_sampling_defaults
+from hybridgen.server.defaults import SamplingDefaults, load_sampling_defaults
 from hybridgen.server.errors import add_exception_handlers
 from hybridgen.server.lifecycle import Lifecycle
 from hybridgen.server.metrics import Metrics
 from hybridgen.server.middleware import ApiKeyGuard, Availability, BodyLimit, RequestId
 from hybridgen.server.openapi import describe_responses
 from hybridgen.server.service import Admission, Service, fingerprint
+
+logger = logging.getLogger(__name__)
 
 # Routes that cannot be answered without a living engine.
 _ENGINE_PATHS = frozenset({"/v1/completions", "/v1/chat/completions"})
@@ -29,8 +32,11 @@ def create_app(
 
     Raises:
         SettingsError: the file of API keys cannot be used.
-        msgspec.DecodeError: the model's generation_config.json cannot be used.
+        DefaultsError: the model's generation_config.json cannot be used.
     """
+    defaults = load_sampling_defaults(settings)
+    if defaults != SamplingDefaults():
+        logger.info("the model's own sampling: %s", defaults)
     service = Service(
         settings=settings,
         engine=engine,
@@ -38,7 +44,7 @@ def create_app(
         lifecycle=lifecycle,
         metrics=Metrics(settings.served_model_name[0], lambda: engine.stats),
         admission=Admission(settings.max_num_seqs + settings.max_num_queued_reqs),
-        defaults=load_sampling_defaults(settings),
+        defaults=defaults,
         system_fingerprint=fingerprint(settings, engine.ready),
         created=int(time.time()),
     )

@@ -1,14 +1,11 @@
 """The sampling that a model's makers recommend (generation_config.json) for what a request leaves open."""
 
-import logging
 from pathlib import Path
 
 import msgspec
-from huggingface_hub import try_to_load_from_cache
 
 from hybridgen.configs.settings import Settings
-
-logger = logging.getLogger(__name__)
+from hybridgen.engine.request import InvalidRequest, SamplingParams, check_sampling_params
 
 
 class SamplingDefaults(msgspec.Struct, frozen=True, kw_only=True):
@@ -21,22 +18,28 @@ class SamplingDefaults(msgspec.Struct, frozen=True, kw_only=True):
     repetition_penalty: float = 1.0
 
 
+class DefaultsError(Exception):
+    """The file cannot be used; the text names it and the field."""
+
+
 def load_sampling_defaults(settings: Settings) -> SamplingDefaults:
     """Read from the model's folder, or the cache where the engine has put it; neutral without a file.
 
     Raises:
-        msgspec.DecodeError: the file is no JSON, or a field has the wrong type.
+        DefaultsError: the file is no JSON, or a field has the wrong type or is out of range.
     """
     path = _generation_config(settings)
     if path is None:
         return SamplingDefaults()
-    fields = msgspec.json.decode(path.read_bytes(), type=dict[str, object])
-    known = {
-        name: fields[name] for name in SamplingDefaults.__struct_fields__ if fields.get(name) is not None
-    }
-    defaults = msgspec.convert(known, SamplingDefaults)
-    if known:
-        logger.info("sampling defaults from %s: %s", path.name, known)
+    try:
+        fields = msgspec.json.decode(path.read_bytes(), type=dict[str, object])
+        known = {
+            name: fields[name] for name in SamplingDefaults.__struct_fields__ if fields.get(name) is not None
+        }
+        defaults = msgspec.convert(known, SamplingDefaults)
+        check_sampling_params(SamplingParams(**msgspec.structs.asdict(defaults)), vocab_size=1)
+    except (OSError, msgspec.DecodeError, InvalidRequest) as error:
+        raise DefaultsError(f"{path}: {error}") from error
     return defaults
 
 
@@ -45,6 +48,8 @@ def _generation_config(settings: Settings) -> Path | None:
     if folder.is_dir():
         path = folder / "generation_config.json"
         return path if path.is_file() else None
+    from huggingface_hub import try_to_load_from_cache  # it takes a while, and a folder does without
+
     cached = try_to_load_from_cache(
         settings.model,
         "generation_config.json",

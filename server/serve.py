@@ -28,6 +28,7 @@ from hybridgen.configs.settings import (
     unknown_variables,
 )
 from hybridgen.engine.client import ENGINE_COMMAND, EngineClient, EngineStartFailed
+from hybridgen.server.defaults import DefaultsError, load_sampling_defaults
 from hybridgen.server.lifecycle import Lifecycle
 
 if TYPE_CHECKING:
@@ -70,6 +71,10 @@ def serve(settings: Settings, *, engine_command: Sequence[str] = ENGINE_COMMAND)
     # What these read is used later; a mistake in it should not wait until the model is loaded.
     api_keys(settings)
     chat_template(settings)
+    try:
+        load_sampling_defaults(settings)
+    except DefaultsError as error:
+        raise CannotServe(str(error)) from error
     with contextlib.ExitStack() as stack:
         listeners = [stack.enter_context(listener) for listener in bind(settings.host, settings.port)]
         return uvloop.run(_supervise(settings, listeners, engine_command))
@@ -151,7 +156,10 @@ async def _supervise(
         from hybridgen.server.app import create_app  # after the tokenizer's import, on which it depends
 
         lifecycle = Lifecycle("ready")
-        app = create_app(settings, engine, tokenizer, lifecycle)
+        try:
+            app = create_app(settings, engine, tokenizer, lifecycle)
+        except DefaultsError as error:
+            raise CannotServe(str(error)) from error
         server = _Server(
             uvicorn.Config(
                 app,

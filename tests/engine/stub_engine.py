@@ -21,6 +21,8 @@ class StubCore:
     def __init__(self, settings: EngineSettings) -> None:
         if settings.model == "missing":
             raise FileNotFoundError("no such model: missing")
+        if settings.model == "too-large":
+            raise ValueError("the pages of a context\nneed 9 GiB, there are 4")
         time.sleep(float(os.environ.get("STUB_LOAD_S", "0")))
         if settings.model == "exits":
             os._exit(3)

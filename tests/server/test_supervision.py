@@ -165,6 +165,32 @@ def test_a_model_that_cannot_be_loaded_is_told_and_ends_the_server(start: StartS
     assert "missing" in last
 
 
+def test_a_reason_that_explains_itself_comes_without_a_traceback(start: StartServer) -> None:
+    status, log = start(model="too-large").end()
+    assert status == 1
+    assert log == "hybridgen serve: error: the pages of a context need 9 GiB, there are 4\n"
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        ('{"temperature": "hot"}', "temperature"),
+        ('{"top_p": 7}', "top_p must be greater than 0 and at most 1, got 7"),
+        ("{", "truncated"),
+    ],
+)
+def test_wrong_sampling_defaults_are_one_line_before_the_model_loads(
+    start: StartServer, tmp_path: Path, content: str, reason: str
+) -> None:
+    path = tmp_path / "generation_config.json"
+    path.write_text(content)
+    status, log = start(model=str(tmp_path), load_s=3600).end()
+    assert status == 1
+    assert log.startswith(f"hybridgen serve: error: {path}: ")
+    assert reason in log
+    assert log.count("\n") == 1
+
+
 def test_a_signal_while_the_model_loads_ends_the_server(start: StartServer) -> None:
     server = start(load_s=3600)
     until(lambda: bool(psutil.Process(server.process.pid).children()))
