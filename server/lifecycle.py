@@ -19,7 +19,7 @@ class Lifecycle:
     | failed   | 503; `failure` says what ended the engine       | 503    | 503     |
 
     The application holds `with lifecycle.answering():` around each request that needs the engine, from
-    before its admission until the last byte of its answer is sent. For use on the event loop's thread.
+    the last byte of its body until the last byte of its answer. For use on the event loop's thread.
     """
 
     def __init__(self, state: LifecycleState = "starting") -> None:

@@ -8,6 +8,7 @@ import hmac
 import re
 import secrets
 from collections.abc import Sequence
+from contextlib import ExitStack
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -68,7 +69,10 @@ class ApiKeyGuard:
 
 
 class Availability:
-    """Refuses what needs the engine while it is starting, draining or dead; counts what is answered."""
+    """Refuses what needs the engine while it is starting, draining or dead; counts what is answered.
+
+    A request counts once its body is there: a client that never sends the rest does not hold up a drain.
+    """
 
     def __init__(
         self, app: ASGIApp, *, paths: frozenset[str], lifecycle: Lifecycle, engine: EngineClient
@@ -81,11 +85,25 @@ class Availability:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http" or scope["path"] not in self._paths:
             return await self._app(scope, receive, send)
-        with self._lifecycle.answering():
-            refusal = unavailable(self._lifecycle, self._engine)
-            if refusal is not None:
-                return await error_response(refusal)(scope, receive, send)
-            return await self._app(scope, receive, send)
+        refusal = unavailable(self._lifecycle, self._engine)
+        if refusal is not None:
+            return await error_response(refusal)(scope, receive, send)
+        with ExitStack() as stack:
+            is_whole = False
+
+            async def counted() -> Message:
+                nonlocal is_whole
+                message = await receive()
+                if message["type"] == "http.request" and not message.get("more_body") and not is_whole:
+                    is_whole = True
+                    # It may have taken long to come.
+                    refusal = unavailable(self._lifecycle, self._engine)
+                    if refusal is not None:
+                        raise refusal
+                    stack.enter_context(self._lifecycle.answering())
+                return message
+
+            return await self._app(scope, counted, send)
 
 
 def unavailable(lifecycle: Lifecycle, engine: EngineClient) -> ApiError | None:

@@ -5,8 +5,10 @@ from pathlib import Path
 
 import pytest
 
+from hybridgen.engine.request import Request
+from hybridgen.server.lifecycle import Lifecycle
 from tests.server.conftest import MakeClient
-from tests.server.fakes import FakeEngine
+from tests.server.fakes import FakeEngine, Step, say
 
 COMPLETIONS = "/v1/completions"
 BODY = {"prompt": "x"}
@@ -82,6 +84,39 @@ async def test_a_body_of_exactly_the_limit_is_read(make_client: MakeClient, is_c
     headers = {"content-type": "application/json"}
     reply = await client.post(COMPLETIONS, content=content() if is_chunked else body, headers=headers)
     assert reply.status_code == 200
+
+
+async def test_a_request_counts_once_its_body_is_there(make_client: MakeClient, lifecycle: Lifecycle) -> None:
+    counts = []
+
+    async def content() -> AsyncIterator[bytes]:
+        yield b'{"prompt": '
+        counts.append(lifecycle.num_answering)
+        yield b'"x"}'
+
+    def script(_: Request) -> list[Step]:
+        counts.append(lifecycle.num_answering)
+        return [*say("a")]
+
+    headers = {"content-type": "application/json"}
+    reply = await make_client(FakeEngine(script)).post(COMPLETIONS, content=content(), headers=headers)
+    assert reply.status_code == 200
+    assert counts == [0, 1]
+    assert lifecycle.num_answering == 0
+
+
+async def test_a_body_that_is_there_only_when_the_server_drains_is_refused(
+    make_client: MakeClient, lifecycle: Lifecycle
+) -> None:
+    async def content() -> AsyncIterator[bytes]:
+        yield b'{"prompt": '
+        lifecycle.state = "draining"
+        yield b'"x"}'
+
+    headers = {"content-type": "application/json"}
+    reply = await make_client().post(COMPLETIONS, content=content(), headers=headers)
+    assert reply.status_code == 503
+    assert reply.json()["error"]["code"] == "draining"
 
 
 async def test_the_clients_request_id_ends_ours(make_client: MakeClient) -> None:

@@ -123,6 +123,19 @@ def test_a_second_signal_aborts_at_once(start: StartServer) -> None:
     assert server.end()[0] == 0
 
 
+def test_a_body_that_never_comes_whole_does_not_hold_up_the_drain(start: StartServer) -> None:
+    server = start("--drain-timeout", "3600")
+    server.await_ready()
+    with socket.create_connection(("127.0.0.1", int(server.url.rsplit(":", 1)[1]))) as connection:
+        connection.sendall(
+            b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+            b'Content-Length: 1000\r\n\r\n{"prompt"'
+        )
+        time.sleep(0.3)  # nothing tells when the server has read it
+        server.process.terminate()
+        assert server.end()[0] == 0
+
+
 def test_a_dead_engine_ends_streams_with_an_error_then_the_server(start: StartServer) -> None:
     server = start()
     server.await_ready()
