@@ -8,6 +8,7 @@ import asyncio
 import dataclasses
 import itertools
 import json
+import os
 import platform
 import random
 import statistics
@@ -78,6 +79,8 @@ class Timing:
 def bench_serve(load: Load, *, api_key: str | None = None, save_result: str | None = None) -> int:
     """Run `load`, print the figures, and write them where asked; return 1 when a request failed."""
     try:
+        if save_result is not None:
+            _check_can_write(Path(save_result))
         model, timings, duration_s = asyncio.run(_run(load, api_key or client_api_key()))
     except BenchError as error:
         print(f"hybridgen bench serve: error: {error}", file=sys.stderr)
@@ -103,6 +106,15 @@ def bench_serve(load: Load, *, api_key: str | None = None, save_result: str | No
         }
         Path(save_result).write_text(json.dumps(content, indent=1) + "\n")
     return 1 if result["failed"] else 0
+
+
+def _check_can_write(path: Path) -> None:
+    """Before the run, so that an hour's measurements are not lost to a misspelt folder."""
+    if path.is_dir():
+        raise BenchError(f"cannot write {path}: it is a folder")
+    if not os.access(path if path.exists() else path.parent, os.W_OK):
+        reason = "may not be written to" if path.parent.is_dir() else "does not exist"
+        raise BenchError(f"cannot write {path}: {path if path.exists() else path.parent} {reason}")
 
 
 class BenchError(Exception):

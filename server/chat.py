@@ -47,7 +47,7 @@ def chat(
             if sys.stdin.isatty():
                 _talk(conversation, errors)
             else:
-                _answer_once(conversation, sys.stdin.read())
+                _answer_once(conversation, _read_input())
         except ChatError as error:
             errors.print(f"hybridgen chat: {error}", markup=False, soft_wrap=True)
             return 1
@@ -154,6 +154,9 @@ def _talk(conversation: _Conversation, errors: Console) -> None:
         except EOFError:
             console.print()
             return
+        except UnicodeDecodeError as error:
+            console.print(f"[red]not UTF-8: {error.reason}[/red]")
+            continue
         except KeyboardInterrupt:
             console.print(f"\n[dim]{_HELP}[/dim]")
             continue
@@ -185,6 +188,13 @@ def _print_answer(conversation: _Conversation, text: str, console: Console, erro
         errors.print(str(error), style="red", markup=False, soft_wrap=True)
     finally:
         pieces.close()
+
+
+def _read_input() -> str:
+    try:
+        return sys.stdin.buffer.read().decode()
+    except UnicodeDecodeError as error:
+        raise ChatError(f"standard input is not UTF-8: {error.reason} at byte {error.start}") from None
 
 
 def _answer_once(conversation: _Conversation, text: str) -> None:

@@ -118,6 +118,14 @@ def test_chat_tells_what_the_server_refuses(server: Server) -> None:
     assert run("chat", "--url", server.url, text="").stderr.endswith("nothing on standard input\n")
 
 
+def test_chat_tells_what_is_not_text(server: Server) -> None:
+    done = subprocess.run(
+        [*HYBRIDGEN, "chat", "--url", server.url, "--api-key", "sesame"], input=b"ab\xff", capture_output=True
+    )
+    assert done.returncode == 1
+    assert done.stderr == b"hybridgen chat: standard input is not UTF-8: invalid start byte at byte 2\n"
+
+
 class Terminal:
     """A chat on a pseudo-terminal."""
 
@@ -193,6 +201,15 @@ def test_bench_counts_what_was_asked_for_and_saves_it(server: Server, tmp_path: 
         assert set(result[name]) == {"mean", "p50", "p90", "p99"}
     assert result["tpot_ms"]["mean"] >= 4.9  # the stub's step takes 5 ms
     assert result["e2e_ms"]["p50"] >= result["ttft_ms"]["p50"] + 7 * 4.9
+
+
+def test_bench_refuses_a_file_that_it_could_not_write_before_it_runs(tmp_path: Path) -> None:
+    file = tmp_path / "missing" / "result.json"
+    done = run("bench", "serve", "--base-url", "http://127.0.0.1:9", "--save-result", str(file))
+    assert done.returncode == 1
+    assert done.stderr == (
+        f"hybridgen bench serve: error: cannot write {file}: {file.parent} does not exist\n"
+    )
 
 
 def test_bench_fails_when_the_server_refuses(server: Server) -> None:
