@@ -177,6 +177,9 @@ def add_exception_handlers(app: FastAPI) -> None:
     async def answer(request: Request, exc: Exception) -> Response:
         if isinstance(exc, HTTPException) and not isinstance(exc, ApiError) and exc.status_code in (404, 405):
             exc = _no_route(request, exc)
+        elif isinstance(exc, HTTPException) and not isinstance(exc, ApiError) and exc.status_code == 400:
+            # FastAPI's word for JSON that its parser fails at: too deep, a number too long, not UTF-8.
+            exc = ApiError(400, f"Malformed JSON: {exc.__cause__ or exc.detail}.", code="invalid_json")
         elif isinstance(exc, RequestValidationError) and isinstance(exc.body, bytes):
             # FastAPI leaves a body that does not call itself JSON as bytes.
             exc = ApiError(

@@ -15,6 +15,7 @@ from hybridgen.server.service import Service
 def routes(service: Service) -> APIRouter:
     router = APIRouter(tags=["operations"])
 
+    @router.head("/health", include_in_schema=False)
     @router.get("/health", responses=answers(Status, 503))
     async def health() -> Response:
         """200 while the engine lives and its model is loaded, also while draining; restart it on 503."""
@@ -23,6 +24,7 @@ def routes(service: Service) -> APIRouter:
             raise refusal
         return json_response(Status(status="ok"))
 
+    @router.head("/ready", include_in_schema=False)
     @router.get("/ready", responses=answers(Status, 503))
     async def ready() -> Response:
         """200 while requests are taken; send them elsewhere on 503."""
@@ -31,6 +33,7 @@ def routes(service: Service) -> APIRouter:
             raise refusal
         return json_response(Status(status="ready"))
 
+    @router.head("/ping", include_in_schema=False)
     @router.get("/ping", responses=answers(Status, 503))
     @router.post("/ping", responses=answers(Status, 503))
     async def ping() -> Response:

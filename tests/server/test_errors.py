@@ -193,9 +193,21 @@ async def test_parts_that_are_not_text_are_refused(make_client: MakeClient, part
 
 
 @pytest.mark.parametrize(
-    "content", [b"{", b'{"prompt": "x",}', b"\xff\xfe", b"", b"[]", b'"x"', b"[" * 100_000]
+    "content",
+    [b"{", b'{"prompt": "x",}', b"\xff\xfe", b"\xff", b"[" * 100_000, b'{"seed": ' + b"1" * 5000 + b"}"],
+    ids=lambda content: str(content[:20]),
 )
-async def test_malformed_json_is_a_400(make_client: MakeClient, content: bytes) -> None:
+async def test_malformed_json_is_a_400_that_says_so(make_client: MakeClient, content: bytes) -> None:
+    reply = await make_client().post(
+        COMPLETIONS, content=content, headers={"content-type": "application/json"}
+    )
+    error = error_of(reply, 400)
+    assert error["code"] == "invalid_json"
+    assert error["message"].startswith("Malformed JSON")
+
+
+@pytest.mark.parametrize("content", [b"", b"[]", b'"x"'])
+async def test_json_of_another_shape_is_a_400(make_client: MakeClient, content: bytes) -> None:
     reply = await make_client().post(
         COMPLETIONS, content=content, headers={"content-type": "application/json"}
     )

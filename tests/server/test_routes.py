@@ -59,6 +59,9 @@ async def test_health_says_restart_me_and_ready_says_send_requests(
     assert (await client.get("/health")).status_code == health
     assert (await client.get("/ping")).status_code == health
     assert (await client.post("/ping")).status_code == health
+    assert (await client.head("/health")).status_code == health
+    assert (await client.head("/ping")).status_code == health
+    assert (await client.head("/ready")).status_code == ready
     assert (await client.get("/ready")).status_code == ready
     assert (await client.get("/metrics")).status_code == 200
 
