@@ -9,6 +9,7 @@ import difflib
 import math
 import os
 import re
+import ssl
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -174,6 +175,13 @@ class Settings(BaseSettings):
         default_text="the tokenizer's",
         metavar="TEMPLATE",
     )
+    generation_config: str = _setting(
+        "Model",
+        "Sampling for what requests leave open: `auto` is the model's generation_config.json, `vllm` none of "
+        "it, anything else a folder that holds one.",
+        default="auto",
+        min_length=1,
+    )
     seed: int = _setting(
         "Model",
         "Seeds the sampling of requests that bring no seed of their own, and dummy weights.",
@@ -262,6 +270,18 @@ class Settings(BaseSettings):
         default=None,
         default_text="none",
     )
+    ssl_certfile: Path | None = _setting(
+        "Server",
+        "Serve HTTPS with this certificate (PEM); its chain may follow it.",
+        default=None,
+        default_text="plain HTTP",
+    )
+    ssl_keyfile: Path | None = _setting(
+        "Server",
+        "Private key of --ssl-certfile (PEM).",
+        default=None,
+        default_text="in the certificate's file",
+    )
     allowed_origins: Names = _setting(
         "Server",
         "Origins whose web pages may call this server (CORS); `*` is any.",
@@ -312,6 +332,12 @@ class Settings(BaseSettings):
     )
     log_level: Literal["debug", "info", "warning", "error"] = _setting(
         "Server", "Least severe messages that are logged.", default="info"
+    )
+    uvicorn_log_level: Literal["critical", "error", "warning", "info", "debug", "trace"] | None = _setting(
+        "Server",
+        "Least severe messages of the HTTP server that are logged.",
+        default=None,
+        default_text="its access log as --log-level, the rest from `warning`",
     )
     disable_uvicorn_access_log: bool = _setting("Server", "Do not log a line per request.", default=False)
     config: Path | None = _setting(
@@ -481,6 +507,25 @@ def chat_template(settings: Settings) -> str | None:
         return Path(text).read_text()
     except OSError as error:
         raise SettingsError(f"--chat-template {text}: {error.strerror}; nor is it a template") from error
+
+
+def ssl_context(settings: Settings) -> ssl.SSLContext | None:
+    """What --ssl-certfile and --ssl-keyfile hold; None for plain HTTP.
+
+    Raises:
+        SettingsError: they cannot be read or do not belong together, or there is a key without a certificate.
+    """
+    if settings.ssl_certfile is None:
+        if settings.ssl_keyfile is not None:
+            raise SettingsError("--ssl-keyfile: it is the key of a certificate; give --ssl-certfile too")
+        return None
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    try:
+        context.load_cert_chain(settings.ssl_certfile, settings.ssl_keyfile)
+    except (OSError, ValueError) as error:  # ssl.SSLError is an OSError
+        key = settings.ssl_keyfile or "its own key"
+        raise SettingsError(f"--ssl-certfile {settings.ssl_certfile} with {key}: {error}") from error
+    return context
 
 
 def load_settings(arguments: Mapping[str, Any]) -> Settings:

@@ -26,7 +26,8 @@ def load_sampling_defaults(settings: Settings) -> SamplingDefaults:
     """Read from the model's folder, or the cache where the engine has put it; neutral without a file.
 
     Raises:
-        DefaultsError: the file is no JSON, or a field has the wrong type or is out of range.
+        DefaultsError: --generation-config names a folder without the file, the file is no JSON, or a field has
+            the wrong type or is out of range.
     """
     path = _generation_config(settings)
     if path is None:
@@ -44,7 +45,13 @@ def load_sampling_defaults(settings: Settings) -> SamplingDefaults:
 
 
 def _generation_config(settings: Settings) -> Path | None:
+    if settings.generation_config == "vllm":
+        return None
     folder = Path(settings.model).expanduser()
+    if settings.generation_config != "auto":
+        folder = Path(settings.generation_config).expanduser()
+        if not (folder / "generation_config.json").is_file():
+            raise DefaultsError(f"--generation-config {folder}: holds no generation_config.json")
     if folder.is_dir():
         path = folder / "generation_config.json"
         return path if path.is_file() else None

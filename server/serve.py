@@ -25,6 +25,7 @@ from hybridgen.configs.settings import (
     api_keys,
     chat_template,
     engine_settings,
+    ssl_context,
     unknown_variables,
 )
 from hybridgen.engine.client import ENGINE_COMMAND, EngineClient, EngineStartFailed
@@ -71,6 +72,7 @@ def serve(settings: Settings, *, engine_command: Sequence[str] = ENGINE_COMMAND)
     # What these read is used later; a mistake in it should not wait until the model is loaded.
     api_keys(settings)
     chat_template(settings)
+    ssl_context(settings)
     try:
         load_sampling_defaults(settings)
     except DefaultsError as error:
@@ -166,8 +168,11 @@ async def _supervise(
                 http="httptools",
                 ws="none",
                 log_config=None,
+                log_level=settings.uvicorn_log_level,
                 access_log=not settings.disable_uvicorn_access_log,
                 server_header=False,
+                ssl_certfile=settings.ssl_certfile,
+                ssl_keyfile=settings.ssl_keyfile,
                 timeout_graceful_shutdown=1,  # what was to be waited for has been by then
             )
         )
@@ -177,7 +182,7 @@ async def _supervise(
             # The port was free when it was bound, but another process has begun to listen since.
             raise CannotServe(f"cannot listen on {settings.host} port {settings.port}: {serving.exception()}")
         names = ", ".join(settings.served_model_name)
-        print(f"HybridGen serves {names} at {_url(settings.host, listeners[0])}", flush=True)
+        print(f"HybridGen serves {names} at {_url(settings, listeners[0])}", flush=True)
 
         await _first(first_signal.wait(), engine.wait_failed(), serving)
         if engine.failure is None:
@@ -269,5 +274,7 @@ def _catch_signals(first: asyncio.Event, second: asyncio.Event) -> None:
         asyncio.get_running_loop().add_signal_handler(number, note)
 
 
-def _url(host: str, listener: socket.socket) -> str:
-    return f"http://{f'[{host}]' if ':' in host else host}:{listener.getsockname()[1]}"
+def _url(settings: Settings, listener: socket.socket) -> str:
+    scheme = "http" if settings.ssl_certfile is None else "https"
+    host = f"[{settings.host}]" if ":" in settings.host else settings.host
+    return f"{scheme}://{host}:{listener.getsockname()[1]}"

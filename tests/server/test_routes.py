@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 import hybridgen
+from hybridgen.server.defaults import DefaultsError
 from hybridgen.server.lifecycle import Lifecycle, LifecycleState
 from tests.server.conftest import MakeApp, MakeClient
 from tests.server.fakes import FakeEngine, say, with_logprobs
@@ -170,3 +171,19 @@ async def test_a_models_own_sampling_fills_in_what_a_request_leaves_open(
     first, second = (request.params for request in engine.requests)
     assert (first.temperature, first.top_k, first.top_p) == (0.6, 20, 1.0)
     assert (second.temperature, second.top_k) == (0.0, -1)
+
+
+async def test_the_models_own_sampling_may_be_ignored_or_replaced(
+    make_client: MakeClient, tmp_path: Path
+) -> None:
+    model, other = tmp_path / "model", tmp_path / "other"
+    for folder, temperature in ((model, 0.6), (other, 0.3)):
+        folder.mkdir()
+        (folder / "generation_config.json").write_text(f'{{"temperature": {temperature}}}')
+    for choice, temperature in (("auto", 0.6), ("vllm", 1.0), (str(other), 0.3)):
+        engine = FakeEngine()
+        client = make_client(engine, model=str(model), generation_config=choice)
+        await client.post("/v1/completions", json={"prompt": "x"})
+        assert engine.requests[0].params.temperature == temperature
+    with pytest.raises(DefaultsError, match=r"missing: holds no generation_config\.json"):
+        make_client(model=str(model), generation_config=str(tmp_path / "missing"))

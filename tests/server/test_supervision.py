@@ -4,8 +4,11 @@ The engine is a stub without a model, so that tokens come at a known pace; every
 """
 
 import json
+import shutil
 import signal
 import socket
+import ssl
+import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -202,6 +205,37 @@ def test_wrong_sampling_defaults_are_one_line_before_the_model_loads(
     assert log.startswith(f"hybridgen serve: error: {path}: ")
     assert reason in log
     assert log.count("\n") == 1
+
+
+@pytest.mark.parametrize(("level", "is_logged"), [("info", True), ("warning", False)])
+def test_the_http_servers_log_has_a_level_of_its_own(start: StartServer, level: str, is_logged: bool) -> None:
+    server = start("--uvicorn-log-level", level)
+    server.await_ready()
+    server.status("/health")
+    server.process.terminate()
+    _, log = server.end()
+    assert ("GET /health" in log) == is_logged
+    assert ("Application startup complete" in log) == is_logged
+
+
+def test_a_certificate_makes_it_https(start: StartServer, tmp_path: Path) -> None:
+    if (openssl := shutil.which("openssl")) is None:
+        pytest.skip("there is no openssl to make a certificate with")
+    key, certificate = tmp_path / "key.pem", tmp_path / "certificate.pem"
+    subprocess.run(
+        [openssl, "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=localhost",
+         "-addext", "subjectAltName=IP:127.0.0.1", "-keyout", key, "-out", certificate],
+        check=True, capture_output=True,
+    )  # fmt: skip
+    server = start("--ssl-certfile", str(certificate), "--ssl-keyfile", str(key))
+    server.await_ready()
+    assert server.url.startswith("https://127.0.0.1:")
+    trusted = ssl.create_default_context(cafile=str(certificate))
+    assert httpx.get(f"{server.url}/health", verify=trusted).status_code == 200
+    wrong = start("--ssl-certfile", str(key), load_s=3600)
+    status, log = wrong.end()
+    assert status == 2
+    assert log.startswith(f"hybridgen serve: error: --ssl-certfile {key} with its own key: ")
 
 
 def test_a_signal_while_the_model_loads_ends_the_server(start: StartServer) -> None:
