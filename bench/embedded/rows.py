@@ -40,6 +40,7 @@ class RowMaker:
             "repeat": self.repeat,
             "pairs": self.pairs,
             "task": self.task,
+            "codes": self.codes,
             "story": self.story,
             "library": self.library_text,
             "chat": self.chat,
@@ -122,6 +123,22 @@ class RowMaker:
                 asked, answer = self.encode(question.prompt), self.encode(question.answer)
                 ids += asked + answer
                 weights += [QUESTION_WEIGHT] * len(asked) + [ANSWER_WEIGHT] * len(answer)
+        return ids[:length], weights[:length]
+
+    def codes(self, length: int) -> Row:
+        """Keys and numbers of a few digits that repeat, with no haystack: where copying digits goes astray."""
+        forms = (*tasks.NEEDLE_FORMS[:3], ("Entry {}: {}.", "Entry {}:"))
+        say, ask = self.rng.choice(forms)
+        digits = self.rng.sample("0123456789", self.rng.randint(2, 5))
+        keys = self.rng.sample(tasks.WORDS, self.rng.randint(3, max(3, min(length // 36, 60))))
+        values = {key: "".join(self.rng.choices(digits, k=self.rng.randint(3, 5))) for key in keys}
+        ids = self.encode(" ".join(say.format(key, value) for key, value in values.items()))
+        weights = [0.0] * len(ids)
+        while len(ids) < length:
+            key = self.rng.choice(keys)
+            asked, answer = self.encode(f"\n{ask.format(key, key)}"), self.encode(f" {values[key]}.")
+            ids += asked + answer
+            weights += [QUESTION_WEIGHT] * len(asked) + [ANSWER_WEIGHT] * len(answer)
         return ids[:length], weights[:length]
 
     # Text.

@@ -311,7 +311,8 @@ def _ask_repeat(rng: random.Random) -> tuple[str, str]:
 
 
 _EXCHANGES = (
-    _hello, _ask_story, _ask_story, _ask_world, _ask_world, _ask_context, _ask_context, _ask_sum, _ask_next,
+    _hello, _ask_story, _ask_story, _ask_world, _ask_world, _ask_context, _ask_context, _ask_context, _ask_sum,
+    _ask_sum, _ask_next,
     _ask_repeat,
 )  # fmt: skip
 

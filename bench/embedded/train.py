@@ -55,7 +55,8 @@ MIXED = {
     "repeat": 0.03, "pairs": 0.07, "task": 0.3, "fact_chat": 0.08, "story": 0.06, "library": 0.36, "chat": 0.1,
 }  # fmt: skip
 TEXT = {"library": 0.68, "chat": 0.22, "story": 0.1}
-RECALL = {"task": 0.75, "fact_chat": 0.18, "pairs": 0.07}
+TALK = {"library": 0.5, "chat": 0.42, "story": 0.08}
+RECALL = {"task": 0.6, "codes": 0.2, "fact_chat": 0.15, "pairs": 0.05}
 
 # Looking back is learned first, on short rows of random tokens where half of the targets pay for it; then words,
 # then length. Text learns best on short rows, and takes more than half of the steps once looking back is there.
@@ -75,6 +76,18 @@ STAGES = (
             Part(0.18, 2, 2048, RECALL, skip=0.5),
             Part(0.09, 1, 4096, RECALL, queries=512),
             Part(0.09, 1, 8192, RECALL, queries=512),
+        ),
+    ),
+    Stage(
+        "polish",
+        2.2,
+        (1.5e-3, 2e-5),
+        (
+            Part(0.3, 8, 512, TALK),
+            Part(0.45, 8, 512, RECALL, skip=0.5),
+            Part(0.12, 2, 2048, RECALL, skip=0.5),
+            Part(0.08, 1, 4096, RECALL, queries=512),
+            Part(0.05, 1, 8192, RECALL, queries=512),
         ),
     ),
 )

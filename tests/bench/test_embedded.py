@@ -107,7 +107,7 @@ def test_held_out_modules_never_train() -> None:
     assert not set(texts.HELD_OUT_MODULES) & set(texts.LIBRARY_MODULES)
 
 
-@pytest.mark.parametrize("kind", MIXED)
+@pytest.mark.parametrize("kind", [*MIXED, "codes"])
 @pytest.mark.parametrize("length", [128, 513])
 def test_a_row_of_every_kind_is_full_and_has_targets(kind: str, length: int, maker: RowMaker) -> None:
     for _ in range(5):
