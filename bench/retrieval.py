@@ -150,7 +150,7 @@ def score(
 def held_out_documents(seed: int) -> dict[str, list[str]]:
     rng = random.Random(f"bench/text/{seed}")
     # Some docstrings stand in several modules word for word.
-    trained = set(texts.library_documents())
+    trained = set(texts.training_library())
     held_out = texts.library_documents(texts.HELD_OUT_MODULES)
     library = [document for document in held_out if document not in trained]
     return {
@@ -168,7 +168,7 @@ def training_documents() -> list[str]:
         for _ in range(7000)
         for text in (texts.story(rng), texts.facts(rng), texts.render_chat(texts.chat(rng)))
     ]
-    return [*texts.library_documents(), *grammars]
+    return [*texts.training_library(), *grammars]
 
 
 def text_losses(model: str, tokenizer: Tokenizer, seed: int) -> list[TextLoss]:

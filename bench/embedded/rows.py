@@ -28,14 +28,22 @@ class Batch:
 
 
 class RowMaker:
-    """Makes rows of every kind from one random stream. `random_tokens` bounds the ids of the token games."""
+    """Makes rows of every kind from one random stream. `random_tokens` bounds the ids of the token games.
 
-    def __init__(self, tokenizer: Tokenizer, seed: int) -> None:
+    The library is read in passes, each in an order of its own, and no document comes twice in a pass.
+    `library_read` counts the documents, so that a run that goes on reads what it has not read yet.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, seed: int, library_read: int = 0) -> None:
         self.rng = random.Random(f"train/rows/{seed}")
         self.draw = np.random.default_rng(seed)
         self.tokenizer = tokenizer
         self.random_tokens = tokenizer.get_vocab_size()
-        self.library = texts.library_documents()
+        self.library = texts.training_library()
+        self.library_read = library_read
+        self.library_rest: list[int] = []  # read, and not yet in a row
+        self.library_pass = -1  # the pass that `library_order` belongs to
+        self.library_order: list[int] = []
         self.kinds: Mapping[str, Callable[[int], Row]] = {
             "repeat": self.repeat,
             "pairs": self.pairs,
@@ -127,9 +135,9 @@ class RowMaker:
 
     def codes(self, length: int) -> Row:
         """Keys and numbers of a few digits that repeat, with no haystack: where copying digits goes astray."""
-        forms = (*tasks.NEEDLE_FORMS[:3], ("Entry {}: {}.", "Entry {}:"))
+        forms = (*tasks.NEEDLE_FORMS[:3], ("Entry {}: {}.", "Entry {}:"), ("{} {}.", "{}"))
         say, ask = self.rng.choice(forms)
-        digits = self.rng.sample("0123456789", self.rng.randint(2, 5))
+        digits = self.rng.sample("0123456789", self.rng.randint(2, 7))
         keys = self.rng.sample(tasks.WORDS, self.rng.randint(3, max(3, min(length // 36, 60))))
         values = {key: "".join(self.rng.choices(digits, k=self.rng.randint(3, 5))) for key in keys}
         ids = self.encode(" ".join(say.format(key, value) for key, value in values.items()))
@@ -157,7 +165,22 @@ class RowMaker:
         return self.fill(length, document)
 
     def library_text(self, length: int) -> Row:
-        return self.fill(length, lambda: self.rng.choice(self.library))
+        """The next part of a pass through the library; what is cut off here opens the next row."""
+        ids = self.library_rest
+        while len(ids) < length:
+            ids += self.encode(f"{self.library[self.library_place(self.library_read)]}<|eos|>")
+            self.library_read += 1
+        self.library_rest = ids[length - 1 :]  # the last token of a row is only a target in it
+        return ids[:length], [1.0] * length
+
+    def library_place(self, read: int) -> int:
+        """Where in the library the document stands that is read after `read` others."""
+        number, place = divmod(read, len(self.library))
+        if number != self.library_pass:
+            self.library_pass = number
+            self.library_order = list(range(len(self.library)))
+            random.Random(f"train/library/{number}").shuffle(self.library_order)
+        return self.library_order[place]
 
     def chat(self, length: int) -> Row:
         return self.fill(length, lambda: texts.render_chat(texts.chat(self.rng)))

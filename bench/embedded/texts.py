@@ -323,7 +323,7 @@ def render_chat(turns: list[Turn], *, generation_prompt: bool = False) -> str:
     return text + "<|im_start|>assistant\n" if generation_prompt else text
 
 
-LIBRARY_MODULES = tuple(
+TOKENIZER_MODULES = tuple(
     (
         "argparse ast asyncio/events base64 bisect calendar cmd codecs collections/__init__ configparser "
         "contextlib copy csv dataclasses datetime decimal difflib dis doctest email/message enum fileinput "
@@ -336,6 +336,7 @@ LIBRARY_MODULES = tuple(
         "uuid warnings wave weakref xml/dom/minidom zipfile/__init__"
     ).split()
 )
+"""Whose text the tokenizer was made from. More modules here would be another tokenizer, and another model."""
 
 HELD_OUT_MODULES = tuple(
     (
@@ -357,16 +358,57 @@ def docstrings(path: Path) -> Iterator[str]:
                 yield text
 
 
+def library_root() -> Path:
+    return Path(sysconfig.get_paths()["stdlib"])
+
+
+SKIPPED_FOLDERS = frozenset(("site-packages", "dist-packages", "test", "tests", "idle_test", "encodings"))
+"""No text of the library's own, tests, and tables of code points."""
+SETTINGS = "_sysconfigdata"  # opens the name of a table of how this Python was built
+TOPICS = "pydoc_data/topics"
+
+
 @functools.cache
-def library_documents(modules: tuple[str, ...] = LIBRARY_MODULES) -> tuple[str, ...]:
-    """Docstrings and the opening of the source of standard library modules, in their order."""
-    root = Path(sysconfig.get_paths()["stdlib"])
+def library_modules() -> tuple[str, ...]:
+    """Every pure Python module that trains, by name: the library's, less what is held out."""
+    root = library_root()
+    paths = (path.relative_to(root).with_suffix("") for path in root.rglob("*.py"))
+    kept = (path.as_posix() for path in paths if SKIPPED_FOLDERS.isdisjoint(path.parts))
+    left_out = (*HELD_OUT_MODULES, TOPICS)
+    return tuple(sorted(name for name in kept if name not in left_out and not name.startswith(SETTINGS)))
+
+
+PIECE = 2000  # characters of source in a document
+
+
+@functools.cache
+def library_documents(modules: tuple[str, ...], source_chars: int | None = 16_000) -> tuple[str, ...]:
+    """Docstrings and source of standard library modules, in their order.
+
+    Args:
+        modules: names with slashes; those that this version of Python lacks are skipped.
+        source_chars: how much of a module's source is taken, from its beginning; None is all of it.
+    """
     documents: list[str] = []
     for name in modules:
-        path = root / f"{name}.py"
-        if not path.exists():  # the set of pure Python modules differs a little between versions
+        path = library_root() / f"{name}.py"
+        if not path.exists():
             continue
         documents.extend(docstrings(path))
-        source = path.read_text(encoding="utf-8")
-        documents.extend(source[i : i + 2000] for i in range(0, min(len(source), 16_000), 2000))
+        source = path.read_text(encoding="utf-8")[:source_chars]
+        documents.extend(source[i : i + PIECE] for i in range(0, len(source), PIECE))
     return tuple(documents)
+
+
+@functools.cache
+def training_library() -> tuple[str, ...]:
+    """All library text that trains: the modules, and the pages that `help()` shows on the language."""
+    documents = library_documents(library_modules(), None)
+    topics = library_root() / f"{TOPICS}.py"
+    if not topics.exists():
+        return documents
+    tree = ast.parse(topics.read_text(encoding="utf-8"))
+    pages = next(ast.literal_eval(node.value) for node in tree.body if isinstance(node, ast.Assign))
+    return documents + tuple(
+        page[i : i + PIECE] for page in pages.values() for i in range(0, len(page), PIECE)
+    )

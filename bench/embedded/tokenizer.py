@@ -38,7 +38,7 @@ def corpus() -> Iterator[str]:
         yield texts.facts(rng)
         yield texts.render_chat(texts.chat(rng))
         yield texts.story_sentence(rng)
-    yield from texts.library_documents()
+    yield from texts.library_documents(texts.TOKENIZER_MODULES)
     for seed in range(300):
         kind = rng.choice(tasks.KINDS)
         example = tasks.make(kind, seed, 600, len)

@@ -21,9 +21,12 @@ from torch.nn import functional
 
 from bench.embedded.model import Llama, ModelShape
 from bench.embedded.rows import Batch, RowMaker
+from bench.retrieval import held_out_documents
 
 SAVE_SECONDS = 60.0
 LOG_STEPS = 25
+HELD_OUT_STEPS = 250  # between two looks at the loss on held-out text
+HELD_OUT_DOCUMENTS = 60  # of each sort
 WARMUP_STEPS = 40
 
 
@@ -56,6 +59,7 @@ MIXED = {
 }  # fmt: skip
 TEXT = {"library": 0.68, "chat": 0.22, "story": 0.1}
 TALK = {"library": 0.5, "chat": 0.42, "story": 0.08}
+READING = {"library": 0.86, "chat": 0.09, "story": 0.05}
 RECALL = {"task": 0.6, "codes": 0.2, "fact_chat": 0.15, "pairs": 0.05}
 
 # Looking back is learned first, on short rows of random tokens where half of the targets pay for it; then words,
@@ -88,6 +92,19 @@ STAGES = (
             Part(0.12, 2, 2048, RECALL, skip=0.5),
             Part(0.08, 1, 4096, RECALL, queries=512),
             Part(0.05, 1, 8192, RECALL, queries=512),
+        ),
+    ),
+    Stage(
+        "library",
+        13.0,
+        (2.5e-3, 2e-5),
+        (
+            Part(0.56, 8, 512, READING),
+            Part(0.12, 16, 256, {"codes": 1.0}),
+            Part(0.16, 8, 512, RECALL, skip=0.5),
+            Part(0.08, 2, 2048, RECALL, skip=0.5),
+            Part(0.04, 1, 4096, RECALL, queries=512),
+            Part(0.04, 1, 8192, RECALL, queries=512),
         ),
     ),
 )
@@ -136,6 +153,7 @@ class Trainer:
         self.model = Llama(ModelShape(vocab_size=tokenizer.get_vocab_size())).to(device)
         self.optimizers = optimizers(self.model)
         self.tokens_done: dict[str, int] = {}
+        self.library_read = 0
         self.seconds = 0.0
         self.stopping = False
         if self.path.exists():
@@ -144,6 +162,7 @@ class Trainer:
             for optimizer, kept in zip(self.optimizers, saved["optimizers"], strict=True):
                 optimizer.load_state_dict(kept)
             self.tokens_done, self.seconds = saved["tokens_done"], saved["seconds"]
+            self.library_read = saved.get("library_read", 0)  # the first states have no such count
         state.mkdir(parents=True, exist_ok=True)
 
     def save(self) -> None:
@@ -153,6 +172,7 @@ class Trainer:
                 "model": self.model.state_dict(),
                 "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
                 "tokens_done": self.tokens_done,
+                "library_read": self.library_read,
                 "seconds": self.seconds,
             },
             part,
@@ -178,10 +198,27 @@ class Trainer:
             optimizer.zero_grad(set_to_none=True)
         return loss.item(), hits.item()
 
+    def held_out_losses(self) -> dict[str, float]:
+        """Nats a token on a sample of each sort of held-out text. Only told: nothing is chosen by it."""
+        losses: dict[str, float] = {}
+        for name, documents in held_out_documents(0).items():
+            total, count = 0.0, 0
+            for document in documents[:HELD_OUT_DOCUMENTS]:
+                ids = self.tokenizer.encode(f"<|eos|>{document}<|eos|>").ids[:1024]
+                row = torch.tensor([ids], device=self.device)
+                with torch.inference_mode():
+                    hidden, _ = self.model(row, torch.arange(len(ids), device=self.device)[None])
+                    logits = self.model.logits(hidden[0, :-1])
+                total += functional.cross_entropy(logits, row[0, 1:], reduction="sum").item()
+                count += len(ids) - 1
+            losses[name] = total / count
+        return losses
+
     def run(self, stage: Stage) -> None:
         total = int(stage.million_tokens * 1e6)
         done = self.tokens_done.setdefault(stage.name, 0)
-        maker = RowMaker(self.tokenizer, seed=zlib.crc32(f"{stage.name}/{done}".encode()))
+        seed = zlib.crc32(f"{stage.name}/{done}".encode())
+        maker = RowMaker(self.tokenizer, seed, self.library_read)
         maker.random_tokens = stage.random_tokens
         steps, window = 0, 0
         seen: dict[int, list[tuple[float, float]]] = {}
@@ -196,6 +233,7 @@ class Trainer:
             steps, window = steps + 1, window + part.rows * part.length
             done += part.rows * part.length
             self.tokens_done[stage.name] = done
+            self.library_read = maker.library_read
             now = time.monotonic()
             if steps % LOG_STEPS == 0:
                 clock, speed = time.strftime("%H:%M:%S"), window / (now - logged_at)
@@ -205,6 +243,9 @@ class Trainer:
                 )
                 window, logged_at = 0, now
                 seen.clear()
+            if steps % HELD_OUT_STEPS == 0:
+                losses = self.held_out_losses().items()
+                print("held out " + ", ".join(f"{name} {loss:.3f}" for name, loss in losses), flush=True)
             if now - saved_at > SAVE_SECONDS or self.stopping or done >= total:
                 self.seconds += now - began
                 began = saved_at = now

@@ -1,6 +1,7 @@
 """Facts about the embedded model's texts, tasks, training rows, trainer and checkpoint."""
 
 import json
+import math
 import random
 from pathlib import Path
 
@@ -104,7 +105,57 @@ def test_the_chat_template_renders_what_training_showed() -> None:
 
 
 def test_held_out_modules_never_train() -> None:
-    assert not set(texts.HELD_OUT_MODULES) & set(texts.LIBRARY_MODULES)
+    held_out = set(texts.HELD_OUT_MODULES)
+    assert not held_out & set(texts.library_modules())
+    assert not held_out & set(texts.TOKENIZER_MODULES)
+    openings = set(texts.library_documents(texts.HELD_OUT_MODULES))
+    # A docstring of a line or two may stand in two modules word for word; a piece of source may not.
+    assert all(len(text) < 80 for text in openings & set(texts.training_library()))
+
+
+def test_most_of_the_standard_library_trains() -> None:
+    modules = texts.library_modules()
+    assert len(modules) > 300
+    assert {"argparse", "asyncio/events", "pydoc", "tkinter/__init__"} <= set(modules)
+    assert sum(map(len, texts.training_library())) > 5_000_000
+
+
+def library_of(tokenizer: Tokenizer, library_read: int = 0) -> RowMaker:
+    """A row maker whose library is five documents of 3 to 43 tokens."""
+    maker = RowMaker(tokenizer, seed=1, library_read=library_read)
+    maker.library = tuple(
+        f"{word} " * (10 * i + 1) + "end" for i, word in enumerate(("a", "b", "c", "d", "e"))
+    )
+    return maker
+
+
+def test_a_pass_reads_every_document_of_the_library_once(tokenizer: Tokenizer) -> None:
+    maker = library_of(tokenizer)
+    for number in range(3):
+        places = [maker.library_place(5 * number + i) for i in range(5)]
+        assert sorted(places) == [0, 1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("length", [2, 7, 64])
+def test_rows_of_library_text_overlap_by_one_token_and_lose_none(length: int, tokenizer: Tokenizer) -> None:
+    maker = library_of(tokenizer)
+    ids, _ = maker.library_text(length)
+    while maker.library_read < 6:
+        row, _ = maker.library_text(length)
+        assert row[0] == ids[-1]
+        ids += row[1:]
+    order = [maker.library[maker.library_place(i)] for i in range(5)]
+    read = tokenizer.encode("".join(f"{text}<|eos|>" for text in order)).ids
+    assert ids[: len(read)] == read
+
+
+def test_a_run_that_goes_on_reads_documents_that_it_has_not_read(tokenizer: Tokenizer) -> None:
+    first = library_of(tokenizer)
+    first.library_text(2)
+    second = library_of(tokenizer, first.library_read)
+    second.library_text(2)
+    assert first.library_read == 1
+    assert second.library_read == 2
 
 
 @pytest.mark.parametrize("kind", [*MIXED, "codes"])
@@ -160,13 +211,25 @@ def test_the_exported_checkpoint_has_the_trainers_logits(tmp_path: Path, tokeniz
 
 
 def test_a_stopped_run_goes_on_from_its_state(tmp_path: Path, tokenizer: Tokenizer) -> None:
-    stage = Stage("test", 0.0004, (1e-3, 1e-3), (Part(1.0, 2, 64, {"repeat": 1.0}),))
+    mix = {"repeat": 0.5, "library": 0.5}
+    stage = Stage("test", 0.0004, (1e-3, 1e-3), (Part(1.0, 2, 64, mix),))
     first = Trainer(tmp_path, tokenizer, "cpu")
     first.run(stage)
     second = Trainer(tmp_path, tokenizer, "cpu")
     assert second.tokens_done == first.tokens_done == {"test": 512}
+    assert second.library_read == first.library_read > 0
     for a, b in zip(first.model.parameters(), second.model.parameters(), strict=True):
         assert torch.equal(a, b)
+
+
+def test_a_model_that_knows_nothing_loses_the_logarithm_of_the_vocabulary(
+    tmp_path: Path, tokenizer: Tokenizer
+) -> None:
+    trainer = Trainer(tmp_path, tokenizer, "cpu")
+    torch.nn.init.zeros_(trainer.model.embed_tokens.weight)
+    losses = trainer.held_out_losses()
+    assert set(losses) == {"stories", "chat", "library"}
+    assert all(loss == pytest.approx(math.log(2048), abs=1e-4) for loss in losses.values())
 
 
 def test_the_last_stage_of_training_ends_near_a_rate_of_zero() -> None:
