@@ -22,7 +22,7 @@ from hybridgen.engine.request import Ready
 from hybridgen.engine.runner import ModelRunner
 from hybridgen.engine.sampler import Sampler
 from hybridgen.engine.weights import WeightError, dummy_weights, load_weights, resolve_model
-from hybridgen.kernels.attention import AttentionPool
+from hybridgen.kernels.pool import AttentionPool
 from hybridgen.scheduler.scheduler import Scheduler
 
 logger = logging.getLogger(__name__)

@@ -13,8 +13,8 @@ from transformers.activations import ACT2FN
 
 from hybridgen.engine.model_spec import ModelSpec, RopeSpec, UnsupportedModel
 from hybridgen.engine.weights import LayerWeights, Norm, Weights
-from hybridgen.kernels.attention import AttentionPool
 from hybridgen.kernels.ops import fused_add_rms_norm, rms_norm, rotary_, silu_and_mul
+from hybridgen.kernels.pool import AttentionPool
 
 
 class Attention(Protocol):

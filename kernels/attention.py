@@ -13,17 +13,15 @@ In csrc/, `attend_inl.h` is the algorithm, `pool.h` the threads and `step.h` the
 """
 
 import mmap
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from types import TracebackType
-from typing import Literal, Self, overload
+from typing import Literal, overload
 
 import torch
 from torch import Tensor
 
 from hybridgen.kernels import _cpu
-from hybridgen.kernels.isa import select_isa
+from hybridgen.kernels.pool import AttentionPool as AttentionPool
 
 HUGE_PAGE_BYTES = 2 << 20
 GROUP_TOKENS = 16  # tokens whose dim pairs lie side by side in a K page
@@ -99,47 +97,6 @@ def _map_zeros(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     whole = torch.frombuffer(region, dtype=torch.uint8)
     skipped = -whole.data_ptr() % HUGE_PAGE_BYTES
     return whole[skipped : skipped + count * dtype.itemsize].view(dtype).view(shape)
-
-
-class AttentionPool:
-    """Threads that attend, one pinned to each CPU, asleep between jobs; the calling thread works too.
-
-    Jobs of one pool run one after another, whichever threads submit them. After a fork the child's pool works
-    in the calling thread alone. `close` (or the end of a `with` block) ends the threads.
-
-    Args:
-        num_threads: including the caller; default: one for each of `cpus`.
-        cpus: where to pin; default: the CPUs this process may use, which a cgroup's cpuset limits.
-        isa: `scalar`, `avx512`, `avx512_bf16`; default: HYBRIDGEN_CPU_ISA, else the fastest supported.
-    """
-
-    def __init__(
-        self, num_threads: int | None = None, *, cpus: Sequence[int] | None = None, isa: str | None = None
-    ) -> None:
-        allowed = sorted(os.sched_getaffinity(0)) if cpus is None else list(cpus)
-        if not allowed:
-            raise ValueError("a pool needs at least one CPU")
-        if num_threads is None:
-            num_threads = len(allowed)
-        if num_threads < 1:
-            raise ValueError(f"num_threads is {num_threads}; a pool needs at least 1")
-        # More threads than CPUs share them in turn; useful to nobody but tests.
-        self.cpus = tuple(allowed[i % len(allowed)] for i in range(num_threads))
-        self.num_threads = num_threads
-        self.isa = select_isa(isa)
-        self.handle = _cpu.Pool(self.cpus, self.isa)
-
-    def close(self) -> None:
-        """End the threads; what is submitted afterwards runs in the calling thread."""
-        self.handle.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
 
 class AttentionStep:

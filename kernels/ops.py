@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from hybridgen.kernels import _cpu
-from hybridgen.kernels.attention import DTYPE_NAMES, AttentionPool
+from hybridgen.kernels.attention import DTYPE_NAMES
 from hybridgen.kernels.isa import select_isa
+from hybridgen.kernels.pool import AttentionPool
 
 
 @cache

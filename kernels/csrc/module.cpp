@@ -7,6 +7,7 @@
 #include <mutex>
 #include <stdexcept>
 
+#include "bind_pool.h"
 #include "isa.h"
 #include "pool.h"
 #include "step.h"
@@ -110,15 +111,7 @@ NB_MODULE(_cpu, m) {
   m.doc() = "Attention over paged KV and row-wise operations on the CPU; wrapped by kernels/attention.py and ops.py.";
   m.def("supported_isas", &supported_isas);
 
-  nb::class_<Pool>(m, "Pool")
-      .def(
-          "__init__",
-          [](Pool* self, const std::vector<int>& cpus, const std::string& isa) {
-            new (self) Pool(cpus, find_kernels(isa));
-          },
-          nb::arg("cpus"), nb::arg("isa"))
-      .def_prop_ro("num_threads", &Pool::num_threads)
-      .def("close", &Pool::close, nb::call_guard<nb::gil_scoped_release>());
+  bind_pool(m);
 
   nb::class_<Step>(m, "Step")
       .def(

@@ -3,8 +3,8 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from hybridgen.kernels.attention import AttentionPool
 from hybridgen.kernels.isa import supported_isas
+from hybridgen.kernels.pool import AttentionPool
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 

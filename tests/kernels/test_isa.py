@@ -4,8 +4,8 @@ import sys
 
 import pytest
 
-from hybridgen.kernels.attention import AttentionPool
 from hybridgen.kernels.isa import ISA_VARIABLE, UnsupportedIsa, select_isa, supported_isas
+from hybridgen.kernels.pool import AttentionPool
 
 
 def test_the_fastest_supported_path_is_the_default(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from hybridgen.kernels import ops, reference
-from hybridgen.kernels.attention import AttentionPool
+from hybridgen.kernels.pool import AttentionPool
 
 WIDTHS = (1, 8, 15, 16, 64, 80, 129, 768)
 
