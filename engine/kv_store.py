@@ -18,17 +18,14 @@ class KVStore:
 
     def __init__(self, spec: ModelSpec, layout: KVLayout, num_pages: int, pool: AttentionPool) -> None:
         self._spec = spec
-        self._layout = layout
         self._pool = pool
-        self._k_pages, self._v_pages = allocate_pages(layout, num_pages)
+        self._pages = allocate_pages(layout, num_pages)
 
     def attention(self, batch: Batch) -> AttentionStep:
         """The attention of one step, for `Decoder.forward`."""
         return AttentionStep(
             self._pool,
-            self._layout,
-            self._k_pages,
-            self._v_pages,
+            self._pages,
             query_begin=batch.query_begin,
             kv_len=batch.kv_len,
             block_table=batch.block_table,

@@ -9,6 +9,10 @@ Arithmetic is float32. Softmax weights have a relative error of 3e-7; on `avx512
 3e-6, and each weight is rounded to bfloat16 for its product with V, which costs 2^-9 as the output's rounding
 does.
 
+Keys and values lie in pages as rows, a token after the other, on every tier. The kernels repack 64 of them at a time,
+in the L1 cache, into the order that dot-product instructions want; that hides behind the reading of memory, and
+allows them to attend a list of keys as well as a run of pages.
+
 In csrc/, `attend_inl.h` is the algorithm, `pool.h` the threads and `step.h` the sharing-out of work.
 """
 
@@ -24,7 +28,7 @@ from hybridgen.kernels import _cpu
 from hybridgen.kernels.pool import AttentionPool as AttentionPool
 
 HUGE_PAGE_BYTES = 2 << 20
-GROUP_TOKENS = 16  # tokens whose dim pairs lie side by side in a K page
+GROUP_TOKENS = 16  # keys that are repacked together
 MAX_HEAD_DIM = 512
 
 DTYPE_NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
@@ -34,8 +38,7 @@ DTYPE_NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float
 class KVLayout:
     """Shape of a KV page. A page holds `page_size` tokens of one sequence, for all layers and KV heads.
 
-    K and V are two tensors with the page first, so that they can be placed apart. K keeps the dim pairs of 16
-    tokens side by side and V the dims of token pairs: what a dot-product instruction takes as it is.
+    K and V are two tensors of the same shape with the page first, so that they can be placed apart.
     """
 
     num_layers: int
@@ -54,14 +57,9 @@ class KVLayout:
         if self.page_size < GROUP_TOKENS or self.page_size % GROUP_TOKENS:
             raise ValueError(f"page_size {self.page_size} is not a multiple of {GROUP_TOKENS}")
 
-    def k_shape(self, num_pages: int) -> tuple[int, int, int, int, int, int, int]:
-        """[num_pages, num_layers, num_kv_heads, page_size / 16, head_dim / 2, 16, 2]"""
-        groups = self.page_size // GROUP_TOKENS
-        return (num_pages, self.num_layers, self.num_kv_heads, groups, self.head_dim // 2, GROUP_TOKENS, 2)
-
-    def v_shape(self, num_pages: int) -> tuple[int, int, int, int, int, int]:
-        """[num_pages, num_layers, num_kv_heads, page_size / 2, head_dim, 2]"""
-        return (num_pages, self.num_layers, self.num_kv_heads, self.page_size // 2, self.head_dim, 2)
+    def shape(self, num_pages: int) -> tuple[int, int, int, int, int]:
+        """Of K, and of V: [num_pages, num_layers, num_kv_heads, page_size, head_dim]"""
+        return (num_pages, self.num_layers, self.num_kv_heads, self.page_size, self.head_dim)
 
     @property
     def page_bytes(self) -> int:
@@ -70,17 +68,36 @@ class KVLayout:
         return 2 * elements * self.dtype.itemsize
 
 
-def allocate_pages(layout: KVLayout, num_pages: int) -> tuple[Tensor, Tensor]:
-    """Zeroed K and V pages. The system provides the memory piece by piece as it is written, in huge pages
+@dataclass(frozen=True, slots=True)
+class KVPages:
+    """The pages of one tier."""
+
+    layout: KVLayout
+    k: Tensor  # [num_pages, num_layers, num_kv_heads, page_size, head_dim]
+    v: Tensor  # like k
+
+    def __post_init__(self) -> None:
+        shape = self.layout.shape(self.num_pages)
+        for pages in (self.k, self.v):
+            if pages.shape != shape:
+                raise ValueError(f"pages of shape {tuple(pages.shape)} do not have the layout {self.layout}")
+            if pages.dtype != self.layout.dtype or pages.device.type != "cpu" or not pages.is_contiguous():
+                raise ValueError(f"pages must be contiguous {self.layout.dtype} in host memory")
+
+    @property
+    def num_pages(self) -> int:
+        return self.k.shape[0]
+
+
+def allocate_pages(layout: KVLayout, num_pages: int) -> KVPages:
+    """Zeroed pages. The system provides the memory piece by piece as it is written, in huge pages
     where it grants them, so a large cache costs nothing at start-up.
 
     Raises:
         OSError: the address space or the overcommit limit does not allow it.
     """
-    return (
-        _map_zeros(layout.k_shape(num_pages), layout.dtype),
-        _map_zeros(layout.v_shape(num_pages), layout.dtype),
-    )
+    shape = layout.shape(num_pages)
+    return KVPages(layout, _map_zeros(shape, layout.dtype), _map_zeros(shape, layout.dtype))
 
 
 def _map_zeros(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
@@ -100,17 +117,20 @@ def _map_zeros(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
 
 
 class AttentionStep:
-    """The attention of one forward pass: built once, then `store` and `attend` for each layer.
+    """One tier's part in the attention of one forward pass: built once, then `store` and `attend` for each layer.
 
     Sequence s has the query rows `[query_begin[s], query_begin[s + 1])`, the last of its `kv_len[s]` tokens.
     Its keys lie in the pages of `block_table[s]`, in token order; entries past its last page are not read.
+    Page ids are of one numbering over all tiers. This step stores to and attends the pages numbered
+    `[first_page, first_page + pages.num_pages)` and passes over the others, whose part comes from elsewhere.
 
     Args:
-        k_pages, v_pages: as `allocate_pages` gives them; not copied, and kept alive.
+        pages: not copied, and kept alive.
         query_begin: [num_seqs + 1]
         kv_len: [num_seqs]  tokens after this step's have been stored; 0 for a sequence without keys.
         block_table: [num_seqs, max_pages]  page ids.
         scale: positive; multiplies the logits.
+        total_pages: of all tiers together; default: this tier ends the numbering.
 
     Raises:
         ValueError: a length or page id does not fit; nothing was read or written.
@@ -119,24 +139,16 @@ class AttentionStep:
     def __init__(
         self,
         pool: AttentionPool,
-        layout: KVLayout,
-        k_pages: Tensor,
-        v_pages: Tensor,
+        pages: KVPages,
         *,
         query_begin: Sequence[int] | Tensor,
         kv_len: Sequence[int] | Tensor,
         block_table: Sequence[Sequence[int]] | Tensor,
         num_heads: int,
         scale: float,
+        first_page: int = 0,
+        total_pages: int | None = None,
     ) -> None:
-        num_pages = k_pages.shape[0]
-        if k_pages.shape != layout.k_shape(num_pages) or v_pages.shape != layout.v_shape(num_pages):
-            raise ValueError(
-                f"page shapes {tuple(k_pages.shape)}, {tuple(v_pages.shape)} do not have the layout {layout}"
-            )
-        for pages in (k_pages, v_pages):
-            if pages.dtype != layout.dtype or pages.device.type != "cpu" or not pages.is_contiguous():
-                raise ValueError(f"pages must be contiguous {layout.dtype} in host memory")
         begins, lens = _int32(query_begin), _int32(kv_len)
         num_seqs = lens.numel()
         table = (
@@ -144,11 +156,10 @@ class AttentionStep:
         )
         if begins.numel() != num_seqs + 1:
             raise ValueError(f"query_begin has {begins.numel()} entries for {num_seqs} sequences")
+        layout = pages.layout
         self.num_tokens = int(begins[-1])
         self.num_heads = num_heads
-        self.layout = layout
-        self.k_pages = k_pages
-        self.v_pages = v_pages
+        self.pages = pages
         self._q_shape = (self.num_tokens, num_heads, layout.head_dim)
         self._kv_shape = (self.num_tokens, layout.num_kv_heads, layout.head_dim)
         self._handle = _cpu.Step(
@@ -158,9 +169,11 @@ class AttentionStep:
             layout.head_dim,
             layout.page_size,
             DTYPE_NAMES[layout.dtype],
-            k_pages.data_ptr(),
-            v_pages.data_ptr(),
-            num_pages,
+            pages.k.data_ptr(),
+            pages.v.data_ptr(),
+            first_page,
+            pages.num_pages,
+            first_page + pages.num_pages if total_pages is None else total_pages,
             num_seqs,
             begins.data_ptr(),
             lens.data_ptr(),
@@ -171,7 +184,7 @@ class AttentionStep:
         )
 
     def store(self, layer: int, k: Tensor, v: Tensor) -> None:
-        """Write this step's keys and values to their slots.
+        """Write this step's keys and values to their slots, those that are on this tier.
 
         Args:
             k, v: [tokens, num_kv_heads, head_dim]; rows may be apart (views of a fused projection).
@@ -214,7 +227,7 @@ class AttentionStep:
         out: Tensor | None = None,
         return_lse: bool = False,
     ) -> Tensor | tuple[Tensor, Tensor]:
-        """Attend from each query to the keys at its own and earlier positions.
+        """Attend from each query to this tier's keys at its own and earlier positions.
 
         Args:
             q: [tokens, num_heads, head_dim]; rows may be apart.
@@ -251,11 +264,11 @@ class AttentionStep:
         packed = dim == 1 and (head == shape[2] or shape[1] == 1)
         if (
             rows.shape != shape
-            or rows.dtype != (dtype or self.layout.dtype)
+            or rows.dtype != (dtype or self.pages.layout.dtype)
             or not (packed or rows.numel() == 0)
         ):
             raise ValueError(
-                f"expected {dtype or self.layout.dtype} {shape} with packed heads, "
+                f"expected {dtype or self.pages.layout.dtype} {shape} with packed heads, "
                 f"got {rows.dtype} {tuple(rows.shape)} with strides {rows.stride()}"
             )
         return row

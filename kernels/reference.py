@@ -6,29 +6,6 @@ import torch
 from torch import Tensor
 
 
-def pack_k(k: Tensor) -> Tensor:
-    """A page's tokens to K: [page_size, .., head_dim] -> [.., page_size / 16, head_dim / 2, 16, 2]."""
-    page_size, head_dim = k.shape[0], k.shape[-1]
-    groups = k.movedim(0, -2).reshape(*k.shape[1:-1], page_size // 16, 16, head_dim // 2, 2)
-    return groups.transpose(-3, -2).contiguous()
-
-
-def unpack_k(page: Tensor) -> Tensor:
-    """[.., page_size / 16, head_dim / 2, 16, 2] -> [page_size, .., head_dim]"""
-    return page.transpose(-3, -2).flatten(-4, -3).flatten(-2, -1).movedim(-2, 0).contiguous()
-
-
-def pack_v(v: Tensor) -> Tensor:
-    """A page's tokens to V: [page_size, .., head_dim] -> [.., page_size / 2, head_dim, 2]."""
-    pairs = v.movedim(0, -2).reshape(*v.shape[1:-1], v.shape[0] // 2, 2, v.shape[-1])
-    return pairs.transpose(-2, -1).contiguous()
-
-
-def unpack_v(page: Tensor) -> Tensor:
-    """[.., page_size / 2, head_dim, 2] -> [page_size, .., head_dim]"""
-    return page.transpose(-2, -1).flatten(-3, -2).movedim(-2, 0).contiguous()
-
-
 def store(
     layer: int,
     k: Tensor,
@@ -39,18 +16,20 @@ def store(
     query_begin: Sequence[int],
     kv_len: Sequence[int],
     block_table: Sequence[Sequence[int]],
+    first_page: int = 0,
 ) -> None:
     """What `AttentionStep.store` does: this step's k, v [tokens, num_kv_heads, head_dim] to their slots."""
-    page_size = v_pages.shape[3] * 2
+    num_pages, page_size = k_pages.shape[0], k_pages.shape[3]
     for seq, end in enumerate(kv_len):
         begin, after = query_begin[seq], query_begin[seq + 1]
         for row in range(begin, after):
             position = end - after + row
             if position < 0:
                 continue
-            page, offset = block_table[seq][position // page_size], position % page_size
-            k_pages[page, layer, :, offset // 16, :, offset % 16, :] = k[row].reshape(k.shape[1], -1, 2)
-            v_pages[page, layer, :, offset // 2, :, offset % 2] = v[row]
+            page = block_table[seq][position // page_size] - first_page
+            if 0 <= page < num_pages:
+                k_pages[page, layer, :, position % page_size] = k[row]
+                v_pages[page, layer, :, position % page_size] = v[row]
 
 
 def attend(
@@ -63,6 +42,7 @@ def attend(
     kv_len: Sequence[int],
     block_table: Sequence[Sequence[int]],
     scale: float,
+    first_page: int = 0,
     sliding_window: int = 0,
     soft_cap: float = 0.0,
     dtype: torch.dtype = torch.float64,
@@ -78,24 +58,27 @@ def attend(
     num_heads = q.shape[1]
     out = torch.zeros(q.shape, dtype=dtype)
     lse = torch.full(q.shape[:2], -torch.inf, dtype=dtype)
-    page_size = v_pages.shape[3] * 2
+    num_pages, page_size = k_pages.shape[0], k_pages.shape[3]
     for seq, num_keys in enumerate(kv_len):
         begin, end = query_begin[seq], query_begin[seq + 1]
-        if begin == end or num_keys == 0:
+        if begin == end or num_keys == 0 or num_pages == 0:
             continue
-        pages = list(block_table[seq][: -(-num_keys // page_size)])
+        pages = torch.tensor(block_table[seq][: -(-num_keys // page_size)]) - first_page
+        here = ((pages >= 0) & (pages < num_pages)).repeat_interleave(page_size)[:num_keys]
+        pages = torch.where((pages >= 0) & (pages < num_pages), pages, 0)
         # [keys, num_heads, head_dim]: each KV head serves a group of consecutive query heads
         group = num_heads // k_pages.shape[2]
-        k = torch.cat([unpack_k(k_pages[page, layer]) for page in pages])[:num_keys].to(dtype)
-        v = torch.cat([unpack_v(v_pages[page, layer]) for page in pages])[:num_keys].to(dtype)
-        k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
+        k, v = (
+            half[pages, layer].transpose(1, 2).flatten(0, 1)[:num_keys].to(dtype) for half in (k_pages, v_pages)
+        )
+        k, v = (half.masked_fill(~here[:, None, None], 0).repeat_interleave(group, dim=1) for half in (k, v))
 
         logits = torch.einsum("qhd,khd->hqk", q[begin:end].to(dtype), k) * scale
         if soft_cap:
             logits = soft_cap * torch.tanh(logits / soft_cap)
         query_position = torch.arange(num_keys - (end - begin), num_keys)[:, None]
         key_position = torch.arange(num_keys)[None, :]
-        visible = key_position <= query_position
+        visible = (key_position <= query_position) & here
         if sliding_window:
             visible &= key_position > query_position - sliding_window
         logits = logits.masked_fill(~visible, -torch.inf)

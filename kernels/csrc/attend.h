@@ -11,9 +11,10 @@ constexpr int kNumDtypes = 3;
 
 constexpr int64_t dtype_bytes(Dtype dtype) { return dtype == Dtype::float32 ? 4 : 2; }
 
-constexpr int kGroupTokens = 16;    // tokens whose dim pairs lie side by side in a K page
+constexpr int kGroupTokens = 16;    // keys repacked together: a page holds whole groups
+constexpr int kChunkTokens = 64;    // keys repacked before they are used: they stay in L1
+constexpr int kAheadTokens = 64;    // how far rows are prefetched
 constexpr int kBlockTokens = 512;   // attended at once; boundaries are absolute, so results do not depend on who works
-constexpr int kBlockGroups = kBlockTokens / kGroupTokens;
 constexpr int kTileRows = 48;       // (query, head) rows that share one pass over a block, unless the group is larger
 constexpr int kMaxHeadDim = 512;
 
@@ -22,29 +23,31 @@ constexpr int kScoreRowBytes = 33 * 64;  // holds kBlockTokens floats
 template <class T>
 constexpr int kQueryStride = ((kMaxHeadDim * static_cast<int>(sizeof(T)) / 64) | 1) * 64 / static_cast<int>(sizeof(T));
 
-struct AttendTask {            // some queries of one sequence against a run of its key blocks, for one KV head
-  const void* k;               // [num_pages, .., page_size/16, head_dim/2, 16, 2]  this layer and head in page 0
-  const void* v;               // [num_pages, .., page_size/2, head_dim, 2]
-  int64_t page_stride;         // elements from one page to the next, in k and in v
-  const int32_t* block_table;  // [ceil(kv_len / page_size)]
+struct AttendTask {       // some queries of one sequence against a run of key blocks on one tier, for one KV head
+  const void* k;          // [num_pages, .., page_size, head_dim]  this layer and head in page 0
+  const void* v;          // like k
+  int64_t page_stride;    // elements from one page to the next, in k and in v
+  const int32_t* pages;   // the sequence's pages on this tier, in token order: key i lies in pages[i / page_size]
+  int32_t num_keys;       // keys that may be read, visible or not; a multiple of 16 or the length of `selected`
+  const int32_t* selected;  // [num_keys]  ascending keys to attend; null: all. Blocks, begin and end count in it
   int32_t page_size;
   int32_t head_dim;
   int32_t num_queries;
-  int32_t group;           // query heads per KV head
-  int32_t position;        // of the first query; a query sees the keys at positions up to its own. May be < 0
-  int32_t sliding_window;  // keys a query sees, itself included; 0: all
+  int32_t group;          // query heads per KV head
+  const int32_t* begin;   // [num_queries]  a query sees keys [begin, end); neither decreases from query to query
+  const int32_t* end;
   float scale;
-  float soft_cap;   // 0: none
-  const void* q;    // [num_queries, group, head_dim]  rows of q_stride elements
+  float soft_cap;         // 0: none
+  const void* q;          // [num_queries, group, head_dim]  rows of q_stride elements
   int64_t q_stride;
-  int32_t block_begin;  // key blocks [block_begin, block_end)
+  int32_t block_begin;    // key blocks [block_begin, block_end)
   int32_t block_end;
-  float* partial;  // [blocks, partial_floats(rows, head_dim)]  or null: finish here
+  float* partial;         // [blocks, partial_floats(rows, head_dim)]  or null: finish here
   int32_t partial_begin;  // the block that partial[0] belongs to
-  void* out;       // [num_queries, group, head_dim]  rows of out_stride elements
+  void* out;              // [num_queries, group, head_dim]  rows of out_stride elements
   int64_t out_stride;
-  bool out_float32;    // otherwise the dtype of q
-  float* lse;          // [num_queries, group]  rows of lse_stride elements, natural log; may be null
+  bool out_float32;       // otherwise the dtype of q
+  float* lse;             // [num_queries, group]  rows of lse_stride elements, natural log; may be null
   int64_t lse_stride;
 };
 
@@ -54,7 +57,8 @@ constexpr int64_t partial_floats(int64_t rows, int64_t head_dim) { return rows *
 // Upper bound for every ISA and dtype.
 constexpr int64_t attend_scratch_bytes(int64_t rows, int64_t head_dim) {
   const int64_t query = kQueryStride<float> * 4;
-  return rows * (query + kScoreRowBytes) + 2 * 4 * partial_floats(rows, head_dim) + 4 * 64;
+  const int64_t chunk = kChunkTokens * ((head_dim + 15) / 16 * 16) * 4;
+  return rows * (query + kScoreRowBytes) + 2 * 4 * partial_floats(rows, head_dim) + chunk + 6 * 64;
 }
 
 using AttendFn = void (*)(const AttendTask& task, std::byte* scratch);

@@ -1,131 +1,101 @@
 // Paged attention, the algorithm once. Each ISA includes this inside its own anonymous namespace and passes `Ops`:
 //
-//   Element                 what K and V pages hold
+//   Element                 what pages hold
 //   Query                   what query rows and softmax weights are packed as
-//   kVectorPairs            (even, odd) pairs in one vector
-//   kRows, kVectors         register tile: rows x vectors of accumulators
+//   Packed                  what keys and values are repacked as
+//   kScoreRows              rows whose scores are computed together
+//   pack_keys(row, head_dim, packed)            the 16 rows row(0) .. row(15), to key_stride(head_dim) elements
+//   score_group<R>(q, packed, head_dim, scores) the 16 scores of R query rows
+//   kRows, kVectors         register tile for values: rows x vectors of accumulators
+//   kVectorPairs            token pairs of as many dims in one vector; divides 16
 //   Acc, Pairs, Broadcast   accumulators (one float sum per pair), a vector of pairs, one pair in every place
-//   load(p), load_tail(p, num_pairs), keep(pairs, even, odd), broadcast(p), multiply_add(acc, pairs, broadcast)
-//   store(acc, out, num)    the sums of the first `num` pairs
-//   softmax(...)            a row of scores to a row of weights, in place
+//   join_values(even, odd, num)                 the token pairs of `num` dims from two rows
+//   pack_values(even, odd, head_dim, packed)    two rows to a run of value_stride(head_dim) elements
+//   load_values(run, head_dim, dim)             the token pairs of kVectorPairs dims
+//   broadcast(p), multiply_add(acc, pairs, broadcast)
+//   load_acc(out, num), store(acc, out, num)    the sums of the first `num` pairs
+//   pack(row, head_dim, q), softmax(...)        a row of scores to a row of weights, in place
 //   prefetch(p)
 //
-// Scores: a vector holds one dim pair of consecutive tokens (K pages are laid out so), a query row broadcasts its
-// dim pair, and each sum is one token's dot product: no transpose and no horizontal sums. Values: a vector holds a
-// token pair of consecutive dims, a row of weights broadcasts its token pair. Both loops are the same tile.
+// Keys lie in pages as rows, one token after another. For scores, 64 of them at a time are repacked in L1, so that
+// vectors hold some dims of several tokens and a score needs no long horizontal sum. For values a vector holds a token
+// pair of consecutive dims, joined from two rows as it is needed, or for many query rows repacked too. Rows may come
+// from anywhere: a run of pages and a list of selected keys differ in one table of offsets.
 //
 // Every sum is one chain in a fixed order, whatever the tile, and blocks are merged left to right: a row's result
 // depends neither on the rows computed beside it nor on how the blocks were shared out.
 
-constexpr int kAheadGroups = 4;  // how far V is prefetched; K by the height of its tile, which is at most this
-constexpr int kBlockPointers = 2 * kBlockGroups + kAheadGroups;
+inline int ceil_div(int a, int b) { return (a + b - 1) / b; }
+inline int min_int(int a, int b) { return a < b ? a : b; }
+inline int max_int(int a, int b) { return a > b ? a : b; }
 
-template <class Ops>
+constexpr int key_stride(int head_dim) { return (head_dim + 7) / 8 * 8 * kGroupTokens; }  // elements of 16 packed keys
+constexpr int value_stride(int head_dim) { return (head_dim + 15) / 16 * 16 * 2; }         // of a packed token pair
+
 struct Block {  // the keys of one block that at least one row sees
-  using Element = typename Ops::Element;
-  // Groups of 16 tokens in the order they are read: K, then V, then some that may be read next.
-  const Element* groups[kBlockPointers];
-  int num_groups;
-  int origin;  // position of the first token of the first group
-  int begin;   // visible tokens [begin, end), counted from the first token of the first group
+  int64_t offsets[kBlockTokens + kAheadTokens];  // elements from the first page to each key, then to some read next
+  int num_keys;  // in whole groups of 16
+  int origin;    // the first key
+  int begin;     // visible keys [begin, end), counted from the first
   int end;
 };
 
-template <class Ops, int R, int X>
-void score_tile(const typename Ops::Query* q, const typename Ops::Element* const* groups, int ahead, int first_vector,
-                int head_dim, float* scores) {
-  using Element = typename Ops::Element;
-  constexpr int kVectorPairs = Ops::kVectorPairs;
-  constexpr int kStride = kQueryStride<typename Ops::Query>;
-  const Element* k[X];
-  const Element* next[X];
-  typename Ops::Acc acc[R][X];
-#pragma GCC unroll 16
-  for (int x = 0; x < X; ++x) {
-    const int token = (first_vector + x) * kVectorPairs;
-    k[x] = groups[token / kGroupTokens] + token % kGroupTokens * 2;
-    next[x] = groups[token / kGroupTokens + ahead] + token % kGroupTokens * 2;
-#pragma GCC unroll 16
-    for (int r = 0; r < R; ++r) acc[r][x] = {};
-  }
-  const int64_t num_elements = static_cast<int64_t>(head_dim) * kGroupTokens;
-  for (int64_t i = 0; i < num_elements; i += 2 * kGroupTokens, q += 2) {
-    typename Ops::Pairs pairs[X];
-#pragma GCC unroll 16
-    for (int x = 0; x < X; ++x) {
-      pairs[x] = Ops::load(k[x] + i);
-      Ops::prefetch(next[x] + i);
-    }
-#pragma GCC unroll 16
-    for (int r = 0; r < R; ++r) {
-      const typename Ops::Broadcast pair = Ops::broadcast(q + r * kStride);
-#pragma GCC unroll 16
-      for (int x = 0; x < X; ++x) Ops::multiply_add(acc[r][x], pairs[x], pair);
-    }
-  }
-#pragma GCC unroll 16
-  for (int r = 0; r < R; ++r) {
-#pragma GCC unroll 16
-    for (int x = 0; x < X; ++x) {
-      Ops::store(acc[r][x], scores + r * (kScoreRowBytes / 4) + (first_vector + x) * kVectorPairs, kVectorPairs);
-    }
-  }
-}
+// One chunk's values: either rows as they lie in pages, or packed.
+template <class Ops>
+struct Values {
+  const typename Ops::Element* const* rows;  // [2 * num_pairs]  null: packed
+  const typename Ops::Element* const* next;  // [2 * num_pairs]  to be prefetched, with `rows`
+  const typename Ops::Packed* packed;        // [num_pairs, value_stride]
+  int num_pairs;
+};
 
-template <class Ops, int R, int X>
-void value_tile(const typename Ops::Query* weights, const Block<Ops>& block, int head_dim, int first_dim, float* out) {
-  using Element = typename Ops::Element;
+// out += weights * values, over the token pairs of one chunk.
+template <class Ops, int R, int X, bool kPacked>
+void value_tile(const typename Ops::Query* weights, const Values<Ops>& values, int head_dim, int first_dim, bool fresh,
+                float* out) {
   constexpr int kVectorPairs = Ops::kVectorPairs;
   constexpr int kStride = kScoreRowBytes / static_cast<int>(sizeof(typename Ops::Query));
-  constexpr int kGroupPairs = kGroupTokens / 2;
-  const Element* const* groups = block.groups + block.num_groups;
+  constexpr int kLine = 64 / static_cast<int>(sizeof(typename Ops::Element));
   const int last = head_dim - first_dim - (X - 1) * kVectorPairs;
   const int tail = last < kVectorPairs ? last : kVectorPairs;
   typename Ops::Acc acc[R][X];
 #pragma GCC unroll 16
   for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 16
-    for (int x = 0; x < X; ++x) acc[r][x] = {};
-  }
-
-  // A weight of zero does not silence a NaN: the half of an edge pair that nobody sees is cleared in V itself.
-  auto step = [&](const Element* v, const typename Ops::Query* weight, bool edge, bool even, bool odd)
-      __attribute__((always_inline)) {
-    typename Ops::Pairs pairs[X];
-#pragma GCC unroll 16
     for (int x = 0; x < X; ++x) {
-      pairs[x] = x < X - 1 ? Ops::load(v + x * kVectorPairs * 2) : Ops::load_tail(v + x * kVectorPairs * 2, tail);
-      if (edge) pairs[x] = Ops::keep(pairs[x], even, odd);
+      acc[r][x] = {};
+      if (!fresh) {
+        acc[r][x] = Ops::load_acc(out + static_cast<int64_t>(r) * head_dim + first_dim + x * kVectorPairs,
+                                  x < X - 1 ? kVectorPairs : tail);
+      }
+    }
+  }
+  const typename Ops::Packed* packed = values.packed;
+  for (int pair = 0; pair < values.num_pairs; ++pair, weights += 2) {
+    typename Ops::Pairs pairs[X];
+    if constexpr (kPacked) {
+#pragma GCC unroll 16
+      for (int x = 0; x < X; ++x) pairs[x] = Ops::load_values(packed, head_dim, first_dim + x * kVectorPairs);
+      packed += value_stride(head_dim);
+    } else {
+      const auto* even = values.rows[2 * pair] + first_dim;
+      const auto* odd = values.rows[2 * pair + 1] + first_dim;
+      for (int dim = 0; dim < X * kVectorPairs; dim += kLine) {
+        Ops::prefetch(values.next[2 * pair] + first_dim + dim);
+        Ops::prefetch(values.next[2 * pair + 1] + first_dim + dim);
+      }
+#pragma GCC unroll 16
+      for (int x = 0; x < X; ++x) {
+        pairs[x] = Ops::join_values(even + x * kVectorPairs, odd + x * kVectorPairs, x < X - 1 ? kVectorPairs : tail);
+      }
     }
 #pragma GCC unroll 16
     for (int r = 0; r < R; ++r) {
-      const typename Ops::Broadcast pair = Ops::broadcast(weight + r * kStride);
+      const typename Ops::Broadcast weight = Ops::broadcast(weights + r * kStride);
 #pragma GCC unroll 16
-      for (int x = 0; x < X; ++x) Ops::multiply_add(acc[r][x], pairs[x], pair);
-    }
-  };
-  auto edge_step = [&](int pair, bool even, bool odd) __attribute__((always_inline)) {
-    const Element* v = groups[pair / kGroupPairs] + (pair % kGroupPairs * head_dim + first_dim) * 2;
-    step(v, weights + pair * 2, true, even, odd);
-  };
-
-  // Whole pairs [begin, end); a cut pair before or after them is an edge.
-  const int begin = (block.begin + 1) / 2;
-  const int end = block.end / 2;
-  if (block.begin % 2 != 0) edge_step(block.begin / 2, false, true);
-  for (int pair = begin; pair < end;) {
-    const int group = pair / kGroupPairs;
-    const int group_end = (group + 1) * kGroupPairs < end ? (group + 1) * kGroupPairs : end;
-    const Element* v = groups[group] + (pair % kGroupPairs * head_dim + first_dim) * 2;
-    const Element* next = groups[group + kAheadGroups] + (pair % kGroupPairs * head_dim + first_dim) * 2;
-    for (; pair < group_end; ++pair, v += 2 * head_dim, next += 2 * head_dim) {
-#pragma GCC unroll 16
-      for (int x = 0; x < X; ++x) Ops::prefetch(next + x * kVectorPairs * 2);
-      step(v, weights + pair * 2, false, true, true);
+      for (int x = 0; x < X; ++x) Ops::multiply_add(acc[r][x], pairs[x], weight);
     }
   }
-  if (block.end % 2 != 0 && block.end > block.begin) edge_step(block.end / 2, true, false);
-
 #pragma GCC unroll 16
   for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 16
@@ -136,98 +106,60 @@ void value_tile(const typename Ops::Query* weights, const Block<Ops>& block, int
   }
 }
 
+// Few rows: wider, so that their weights are broadcast once.
+template <class Ops, int R>
+constexpr int kWidest = 2 * R <= Ops::kRows && Ops::kVectors >= 4 ? 2 * Ops::kVectors : Ops::kVectors;
+
+template <class Ops, bool kPacked, int R, int X = kWidest<Ops, R>>
+void value_columns(int vectors, const typename Ops::Query* weights, const Values<Ops>& values, int head_dim,
+                   int first_dim, bool fresh, float* out) {
+  if constexpr (X > 1) {
+    if (vectors < X) {
+      return value_columns<Ops, kPacked, R, X - 1>(vectors, weights, values, head_dim, first_dim, fresh, out);
+    }
+  }
+  value_tile<Ops, R, X, kPacked>(weights, values, head_dim, first_dim, fresh, out);
+}
+
+// Calls `fn` with the row count, at most R, as a compile-time constant.
+template <int R, class Fn>
+void with_rows(int rows, Fn&& fn) {
+  if constexpr (R > 1) {
+    if (rows < R) return with_rows<R - 1>(rows, static_cast<Fn&&>(fn));
+  }
+  fn.template operator()<R>();
+}
+
+// Scores of one chunk for all rows: as few passes as the register tile allows, of nearly equal height.
 template <class Ops>
-struct Tiles {
-  using Score = void (*)(const typename Ops::Query*, const typename Ops::Element* const*, int, int, int, float*);
-  using Value = void (*)(const typename Ops::Query*, const Block<Ops>&, int, int, float*);
-
-  template <int R>
-  static void score(int vectors, const typename Ops::Query* q, const typename Ops::Element* const* groups, int ahead,
-                    int first_vector, int head_dim, float* scores) {
-    if constexpr (Ops::kVectors >= 4) {
-      if (vectors == 4) return score_tile<Ops, R, 4>(q, groups, ahead, first_vector, head_dim, scores);
-      if (vectors == 3) return score_tile<Ops, R, 3>(q, groups, ahead, first_vector, head_dim, scores);
-    }
-    if constexpr (Ops::kVectors >= 2) {
-      if (vectors == 2) return score_tile<Ops, R, 2>(q, groups, ahead, first_vector, head_dim, scores);
-    }
-    return score_tile<Ops, R, 1>(q, groups, ahead, first_vector, head_dim, scores);
-  }
-
-  template <int R>
-  static void value(int vectors, const typename Ops::Query* weights, const Block<Ops>& block, int head_dim,
-                    int first_dim, float* out) {
-    if constexpr (2 * R <= Ops::kRows && Ops::kVectors >= 4) {  // few rows: wider, so that V streams through once
-      if (vectors == 8) return value_tile<Ops, R, 8>(weights, block, head_dim, first_dim, out);
-      if (vectors == 7) return value_tile<Ops, R, 7>(weights, block, head_dim, first_dim, out);
-      if (vectors == 6) return value_tile<Ops, R, 6>(weights, block, head_dim, first_dim, out);
-      if (vectors == 5) return value_tile<Ops, R, 5>(weights, block, head_dim, first_dim, out);
-    }
-    if constexpr (Ops::kVectors >= 4) {
-      if (vectors == 4) return value_tile<Ops, R, 4>(weights, block, head_dim, first_dim, out);
-      if (vectors == 3) return value_tile<Ops, R, 3>(weights, block, head_dim, first_dim, out);
-    }
-    if constexpr (Ops::kVectors >= 2) {
-      if (vectors == 2) return value_tile<Ops, R, 2>(weights, block, head_dim, first_dim, out);
-    }
-    return value_tile<Ops, R, 1>(weights, block, head_dim, first_dim, out);
-  }
-
-  // Calls `fn` with the row count as a compile-time constant.
-  template <class Fn>
-  static void with_rows(int rows, Fn&& fn) {
-    if constexpr (Ops::kRows >= 6) {
-      if (rows == 6) return fn.template operator()<6>();
-      if (rows == 5) return fn.template operator()<5>();
-    }
-    if constexpr (Ops::kRows >= 4) {
-      if (rows == 4) return fn.template operator()<4>();
-      if (rows == 3) return fn.template operator()<3>();
-    }
-    if constexpr (Ops::kRows >= 2) {
-      if (rows == 2) return fn.template operator()<2>();
-    }
-    return fn.template operator()<1>();
-  }
-};
-
-inline int ceil_div(int a, int b) { return (a + b - 1) / b; }
-inline int min_int(int a, int b) { return a < b ? a : b; }
-inline int max_int(int a, int b) { return a > b ? a : b; }
-
-// Rows [begin, end) of scores: as few passes as the register tile allows, of nearly equal height.
-template <class Ops>
-void score_block(const typename Ops::Query* q, const Block<Ops>& block, int rows, int head_dim, float* scores) {
-  const int num_vectors = block.num_groups * kGroupTokens / Ops::kVectorPairs;
-  const int step = ceil_div(rows, ceil_div(rows, Ops::kRows));
-  constexpr int kTileGroups = Ops::kVectors * Ops::kVectorPairs / kGroupTokens;
-  for (int vector = 0; vector < num_vectors; vector += Ops::kVectors) {
-    const int vectors = min_int(Ops::kVectors, num_vectors - vector);
-    for (int row = 0; row < rows; row += step) {
-      // Later passes find their keys in L1 and need not look ahead.
-      const int ahead = row == 0 ? max_int(kTileGroups, 1) : 0;
-      Tiles<Ops>::with_rows(min_int(step, rows - row), [&]<int R>() {
-        Tiles<Ops>::template score<R>(vectors, q + row * kQueryStride<typename Ops::Query>, block.groups, ahead, vector,
-                                      head_dim, scores + row * (kScoreRowBytes / 4));
-      });
-    }
+void score_chunk(const typename Ops::Query* q, const typename Ops::Packed* packed, int num_keys, int rows, int head_dim,
+                 float* scores) {
+  const int step = ceil_div(rows, ceil_div(rows, Ops::kScoreRows));
+  for (int row = 0; row < rows; row += step) {
+    with_rows<Ops::kScoreRows>(min_int(step, rows - row), [&]<int R>() {
+      for (int key = 0; key < num_keys; key += kGroupTokens) {
+        Ops::template score_group<R>(q + static_cast<int64_t>(row) * kQueryStride<typename Ops::Query>,
+                                     packed + static_cast<int64_t>(key / kGroupTokens) * key_stride(head_dim), head_dim,
+                                     scores + row * (kScoreRowBytes / 4) + key);
+      }
+    });
   }
 }
 
-template <class Ops>
-void value_block(const float* scores, const Block<Ops>& block, int rows, int head_dim, float* out) {
+template <class Ops, bool kPacked>
+void value_chunk(const typename Ops::Query* weights, const Values<Ops>& values, int rows, int head_dim, bool fresh,
+                 float* out) {
+  constexpr int kStride = kScoreRowBytes / static_cast<int>(sizeof(typename Ops::Query));
   const int num_vectors = ceil_div(head_dim, Ops::kVectorPairs);
   const int step = ceil_div(rows, ceil_div(rows, Ops::kRows));
-  const int widest = 2 * step <= Ops::kRows && Ops::kVectors >= 4 ? 2 * Ops::kVectors : Ops::kVectors;
-  const int width = ceil_div(num_vectors, ceil_div(num_vectors, widest));
   for (int row = 0; row < rows; row += step) {
-    const auto* weights = reinterpret_cast<const typename Ops::Query*>(scores + row * (kScoreRowBytes / 4));
-    for (int vector = 0; vector < num_vectors; vector += width) {
-      Tiles<Ops>::with_rows(min_int(step, rows - row), [&]<int R>() {
-        Tiles<Ops>::template value<R>(min_int(width, num_vectors - vector), weights, block, head_dim,
-                                      vector * Ops::kVectorPairs, out + static_cast<int64_t>(row) * head_dim);
-      });
-    }
+    with_rows<Ops::kRows>(min_int(step, rows - row), [&]<int R>() {
+      const int width = ceil_div(num_vectors, ceil_div(num_vectors, kWidest<Ops, R>));
+      for (int vector = 0; vector < num_vectors; vector += width) {
+        value_columns<Ops, kPacked, R>(min_int(width, num_vectors - vector), weights + row * kStride, values, head_dim,
+                                       vector * Ops::kVectorPairs, fresh, out + static_cast<int64_t>(row) * head_dim);
+      }
+    });
   }
 }
 
@@ -294,53 +226,131 @@ void write_result(const AttendTask& task, const Partial& total) {
 }
 
 // The keys of block number `index` that some row of the task sees. Empty when end <= begin.
-template <class Ops>
-void find_block(const AttendTask& task, int index, Block<Ops>& block) {
-  using Element = typename Ops::Element;
-  const int window_begin = task.sliding_window > 0 ? task.position - task.sliding_window + 1 : 0;
-  const int begin = max_int(index * kBlockTokens, window_begin);
-  const int end = min_int((index + 1) * kBlockTokens, task.position + task.num_queries);
-  const int first_group = begin / kGroupTokens;
-  block.origin = first_group * kGroupTokens;
+inline void find_block(const AttendTask& task, int index, Block& block) {
+  const int begin = max_int(index * kBlockTokens, task.begin[0]);
+  const int end = min_int((index + 1) * kBlockTokens, task.end[task.num_queries - 1]);
+  block.origin = begin / kGroupTokens * kGroupTokens;
   block.begin = begin - block.origin;
   block.end = end - block.origin;
-  block.num_groups = end > begin ? ceil_div(end, kGroupTokens) - first_group : 0;
-  const int page_groups = task.page_size / kGroupTokens;
-  const int64_t group_elements = static_cast<int64_t>(kGroupTokens) * task.head_dim;
-  const int n = block.num_groups;
-  const int last_group = (task.position + task.num_queries - 1) / kGroupTokens;
-  for (int i = 0; i < n; ++i) {
-    const int group = first_group + i;
-    const int64_t offset =
-        task.block_table[group / page_groups] * task.page_stride + group % page_groups * group_elements;
-    block.groups[i] = static_cast<const Element*>(task.k) + offset;
-    block.groups[n + i] = static_cast<const Element*>(task.v) + offset;
+  block.num_keys = end > begin ? ceil_div(end - block.origin, kGroupTokens) * kGroupTokens : 0;
+  if (block.num_keys == 0) return;
+  const int head_dim = task.head_dim;
+  const int num_offsets = block.num_keys + kAheadTokens;  // what a look-ahead past the end finds: the next keys, if any
+  if (task.selected != nullptr) {
+    const int shift = (task.page_size & (task.page_size - 1)) == 0 ? __builtin_ctz(task.page_size) : -1;
+    for (int i = 0; i < num_offsets; ++i) {
+      const int key = task.selected[min_int(block.origin + i, task.num_keys - 1)];
+      const int page = shift >= 0 ? key >> shift : key / task.page_size;
+      block.offsets[i] = task.pages[page] * task.page_stride + static_cast<int64_t>(key - page * task.page_size) * head_dim;
+    }
+    return;
   }
-  // What a look-ahead past the end finds: the next block's keys, or the last group again.
-  for (int i = 0; n > 0 && i < kAheadGroups; ++i) {
-    const int group = first_group + n + i;
-    const int64_t offset = task.block_table[min_int(group, last_group) / page_groups] * task.page_stride +
-                           group % page_groups * group_elements;
-    block.groups[2 * n + i] = static_cast<const Element*>(task.k) + offset;
+  const int page_groups = task.page_size / kGroupTokens;
+  const int last_group = task.num_keys / kGroupTokens - 1;
+  for (int i = 0; i < num_offsets; i += kGroupTokens) {
+    const int group = min_int((block.origin + i) / kGroupTokens, last_group);
+    const int page = group / page_groups;
+    const int64_t offset = task.pages[page] * task.page_stride +
+                           static_cast<int64_t>(group - page * page_groups) * kGroupTokens * head_dim;
+    for (int j = 0; j < kGroupTokens; ++j) block.offsets[i + j] = offset + static_cast<int64_t>(j) * head_dim;
+  }
+}
+
+template <class Element>
+const Element* zero_row() {
+  alignas(64) static const Element zeros[kMaxHeadDim] = {};
+  return zeros;
+}
+
+// The rows of a block in the order they are read: its keys, its values, then the keys of what follows.
+template <class Element>
+struct Stream {
+  const Element* k;
+  const Element* v;
+  const Block& block;
+
+  const Element* operator[](int i) const {
+    const int n = block.num_keys;
+    return i < n ? k + block.offsets[i] : i < 2 * n ? v + block.offsets[i - n] : k + block.offsets[i - n];
+  }
+};
+
+template <class Ops>
+void score_block(const AttendTask& task, const Block& block, const typename Ops::Query* q,
+                 typename Ops::Packed* packed, float* scores) {
+  using Element = typename Ops::Element;
+  constexpr int kLine = 64 / static_cast<int>(sizeof(Element));
+  const auto* k = static_cast<const Element*>(task.k);
+  const Stream<Element> stream{k, static_cast<const Element*>(task.v), block};
+  const int rows = task.num_queries * task.group;
+  for (int chunk = 0; chunk < block.num_keys; chunk += kChunkTokens) {
+    const int num = min_int(kChunkTokens, block.num_keys - chunk);
+    for (int i = 0; i < num; i += kGroupTokens) {
+      const int64_t* offsets = block.offsets + chunk + i;
+      for (int j = 0; j < kGroupTokens; ++j) {
+        const Element* next = stream[chunk + i + j + kAheadTokens];
+        for (int dim = 0; dim < task.head_dim; dim += kLine) Ops::prefetch(next + dim);
+      }
+      Ops::pack_keys([&](int j) { return k + offsets[j]; }, task.head_dim,
+                     packed + static_cast<int64_t>(i / kGroupTokens) * key_stride(task.head_dim));
+    }
+    score_chunk<Ops>(q, packed, num, rows, task.head_dim, scores + chunk);
   }
 }
 
 template <class Ops>
-void attend_block(const AttendTask& task, int index, const typename Ops::Query* q, float* scores, const Partial& part) {
+void value_block(const AttendTask& task, const Block& block, const float* scores, typename Ops::Packed* packed,
+                 float* out) {
+  using Element = typename Ops::Element;
+  using Query = typename Ops::Query;
+  const auto* v = static_cast<const Element*>(task.v);
+  const Stream<Element> stream{static_cast<const Element*>(task.k), v, block};
   const int rows = task.num_queries * task.group;
-  Block<Ops> block;
+  const bool pack = rows > Ops::kRows;  // several passes over the same values
+  const Element* row[kChunkTokens];
+  const Element* next[kChunkTokens];
+  for (int chunk = 0; chunk < block.num_keys; chunk += kChunkTokens) {
+    const int num = min_int(kChunkTokens, block.num_keys - chunk);
+    for (int i = 0; i < num; ++i) {
+      // A weight of zero does not silence a NaN: what nobody sees becomes zero.
+      const bool visible = block.begin <= chunk + i && chunk + i < block.end;
+      row[i] = visible ? v + block.offsets[chunk + i] : zero_row<Element>();
+      next[i] = stream[block.num_keys + chunk + i + kAheadTokens];
+    }
+    const auto* weights = reinterpret_cast<const Query*>(scores) + chunk;
+    const Values<Ops> values{row, next, packed, num / 2};
+    if (!pack) {
+      value_chunk<Ops, false>(weights, values, rows, task.head_dim, chunk == 0, out);
+      continue;
+    }
+    for (int i = 0; i < num; i += 2) {
+      for (int dim = 0; dim < task.head_dim; dim += 64 / static_cast<int>(sizeof(Element))) {
+        Ops::prefetch(next[i] + dim);
+        Ops::prefetch(next[i + 1] + dim);
+      }
+      Ops::pack_values(row[i], row[i + 1], task.head_dim,
+                       packed + static_cast<int64_t>(i / 2) * value_stride(task.head_dim));
+    }
+    value_chunk<Ops, true>(weights, values, rows, task.head_dim, chunk == 0, out);
+  }
+}
+
+template <class Ops>
+void attend_block(const AttendTask& task, int index, const typename Ops::Query* q, float* scores,
+                  typename Ops::Packed* packed, const Partial& part) {
+  const int rows = task.num_queries * task.group;
+  Block block;
   find_block(task, index, block);
-  if (block.end <= block.begin) return clear_partial(part, rows, task.head_dim);
-  score_block<Ops>(q, block, rows, task.head_dim, scores);
-  const int num_tokens = block.num_groups * kGroupTokens;
+  if (block.num_keys == 0) return clear_partial(part, rows, task.head_dim);
+  score_block<Ops>(task, block, q, packed, scores);
   for (int r = 0; r < rows; ++r) {
-    const int end = task.position + r / task.group + 1 - block.origin;  // what this row sees: [end - window, end)
-    const int row_begin = task.sliding_window > 0 ? max_int(block.begin, end - task.sliding_window) : block.begin;
-    const int row_end = min_int(block.end, end);
-    Ops::softmax(scores + r * (kScoreRowBytes / 4), row_begin, row_end, num_tokens, task.scale, task.soft_cap,
+    const int query = r / task.group;
+    const int row_begin = max_int(block.begin, task.begin[query] - block.origin);
+    const int row_end = min_int(block.end, task.end[query] - block.origin);
+    Ops::softmax(scores + r * (kScoreRowBytes / 4), row_begin, row_end, block.num_keys, task.scale, task.soft_cap,
                  part.maximum[r], part.sum[r]);
   }
-  value_block<Ops>(scores, block, rows, task.head_dim, part.out);
+  value_block<Ops>(task, block, scores, packed, part.out);
 }
 
 template <class T>
@@ -359,6 +369,7 @@ void attend(const AttendTask& task, std::byte* scratch) {
   float* scores = carve<float>(scratch, static_cast<int64_t>(rows) * (kScoreRowBytes / 4));
   const Partial part = partial_at(carve<float>(scratch, partial_floats(rows, task.head_dim)), rows, task.head_dim);
   const Partial total = partial_at(carve<float>(scratch, partial_floats(rows, task.head_dim)), rows, task.head_dim);
+  auto* packed = carve<typename Ops::Packed>(scratch, kChunkTokens / 2 * static_cast<int64_t>(value_stride(task.head_dim)));
 
   for (int r = 0; r < rows; ++r) {
     const Element* row = static_cast<const Element*>(task.q) + r / task.group * task.q_stride +
@@ -367,14 +378,14 @@ void attend(const AttendTask& task, std::byte* scratch) {
   }
   if (task.partial != nullptr) {
     for (int index = task.block_begin; index < task.block_end; ++index) {
-      attend_block<Ops>(task, index, q, scores,
-                        partial_at(task.partial + (index - task.partial_begin) * partial_floats(rows, task.head_dim), rows, task.head_dim));
+      float* partial = task.partial + (index - task.partial_begin) * partial_floats(rows, task.head_dim);
+      attend_block<Ops>(task, index, q, scores, packed, partial_at(partial, rows, task.head_dim));
     }
     return;
   }
   clear_partial(total, rows, task.head_dim);
   for (int index = task.block_begin; index < task.block_end; ++index) {
-    attend_block<Ops>(task, index, q, scores, part);
+    attend_block<Ops>(task, index, q, scores, packed, part);
     fold_partial(total, part, rows, task.head_dim);
   }
   write_result<Element>(task, total);

@@ -16,35 +16,58 @@ template <class T>
 struct ScalarOps {
   using Element = T;
   using Query = float;
+  using Packed = float;
   static constexpr int kVectorPairs = 16;
+  static constexpr int kScoreRows = 1;
   static constexpr int kRows = 1;
   static constexpr int kVectors = 1;
 
   struct Acc {
-    float sum[kVectorPairs];
+    float sum[kVectorPairs] = {};
   };
   struct Pairs {
-    float even[kVectorPairs];
-    float odd[kVectorPairs];
+    float even[kVectorPairs] = {};
+    float odd[kVectorPairs] = {};
   };
   struct Broadcast {
     float even;
     float odd;
   };
 
-  static Pairs load(const Element* p) { return load_tail(p, kVectorPairs); }
-  static Pairs load_tail(const Element* p, int num_pairs) {
-    Pairs pairs = {};
-    for (int i = 0; i < num_pairs; ++i) {
-      pairs.even[i] = to_float(p[2 * i]);
-      pairs.odd[i] = to_float(p[2 * i + 1]);
+  template <class Row>
+  static void pack_keys(Row&& row, int head_dim, Packed* packed) {  // [head_dim][16]
+    for (int j = 0; j < kGroupTokens; ++j) {
+      const Element* k = row(j);
+      for (int i = 0; i < head_dim; ++i) packed[i * kGroupTokens + j] = to_float(k[i]);
+    }
+  }
+  template <int R>
+  static void score_group(const Query* q, const Packed* packed, int head_dim, float* scores) {
+    float sums[kGroupTokens] = {};
+    for (int i = 0; i < head_dim; ++i) {
+      for (int j = 0; j < kGroupTokens; ++j) sums[j] += packed[i * kGroupTokens + j] * q[i];
+    }
+    for (int j = 0; j < kGroupTokens; ++j) scores[j] = sums[j];
+  }
+  static Pairs join_values(const Element* even, const Element* odd, int num) {
+    Pairs pairs;
+    for (int i = 0; i < num; ++i) {
+      pairs.even[i] = to_float(even[i]);
+      pairs.odd[i] = to_float(odd[i]);
     }
     return pairs;
   }
-  static Pairs keep(Pairs pairs, bool even, bool odd) {
+  static void pack_values(const Element* even, const Element* odd, int head_dim, Packed* packed) {  // [2][head_dim]
+    for (int i = 0; i < head_dim; ++i) {
+      packed[i] = to_float(even[i]);
+      packed[value_stride(head_dim) / 2 + i] = to_float(odd[i]);
+    }
+  }
+  static Pairs load_values(const Packed* run, int head_dim, int dim) {
+    Pairs pairs;
     for (int i = 0; i < kVectorPairs; ++i) {
-      if (!even) pairs.even[i] = 0.0f;
-      if (!odd) pairs.odd[i] = 0.0f;
+      pairs.even[i] = run[dim + i];
+      pairs.odd[i] = run[value_stride(head_dim) / 2 + dim + i];
     }
     return pairs;
   }
@@ -54,6 +77,11 @@ struct ScalarOps {
       acc.sum[i] += pairs.even[i] * pair.even;
       acc.sum[i] += pairs.odd[i] * pair.odd;
     }
+  }
+  static Acc load_acc(const float* out, int num) {
+    Acc acc;
+    for (int i = 0; i < num; ++i) acc.sum[i] = out[i];
+    return acc;
   }
   static void store(const Acc& acc, float* out, int num) {
     for (int i = 0; i < num; ++i) out[i] = acc.sum[i];

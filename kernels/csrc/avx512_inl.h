@@ -7,7 +7,8 @@ constexpr float kLog2E = 1.44269504088896f;
 template <int kDegree>
 inline __m512 exp2_avx512(__m512 x) {
   static_assert(kDegree == 4 || kDegree == 6);
-  x = _mm512_max_ps(x, _mm512_set1_ps(-1000.0f));  // -inf - round(-inf) would be NaN
+  // -inf - round(-inf) would be NaN. A NaN stays one: the second operand wins.
+  x = _mm512_max_ps(_mm512_set1_ps(-1000.0f), x);
   const __m512 n = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
   const __m512 f = _mm512_sub_ps(x, n);
   __m512 p;
@@ -85,8 +86,49 @@ inline void softmax_avx512(float* scores, int begin, int end, int num, float sca
   sum = _mm512_reduce_add_ps(sums);
 }
 
+inline __mmask16 first_lanes(int num) { return static_cast<__mmask16>(0xffffu >> (16 - num)); }
+
+// Brings the same four 32-bit words of 16 rows together: lane L of vector i has those of row 4L + i, for i < 4. Calls
+// emit(word, i, words) for word = 0, 4, .. below num_words; past the end of a row there are zeros.
+template <class Row, class Emit>
+inline __attribute__((always_inline)) void gather_words(Row&& row, int num_words, Emit&& emit) {
+  const int whole = num_words / 4 * 4;
+  const auto tail = static_cast<__mmask8>(0xf >> (4 - (num_words - whole)));
+  for (int i = 0; i < 4; ++i) {
+    const auto* a = reinterpret_cast<const char*>(row(i));
+    const auto* b = reinterpret_cast<const char*>(row(4 + i));
+    const auto* c = reinterpret_cast<const char*>(row(8 + i));
+    const auto* d = reinterpret_cast<const char*>(row(12 + i));
+    auto load = [](const char* p) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(p)); };
+#pragma GCC unroll 4
+    for (int word = 0; word < whole; word += 4) {
+      const int64_t at = static_cast<int64_t>(word) * 4;
+      // Masked broadcasts from memory leave the shuffle units alone, which insertions do not.
+      __m512i words = _mm512_castsi128_si512(load(a + at));
+      words = _mm512_mask_broadcast_i32x4(words, 0x00f0, load(b + at));
+      words = _mm512_mask_broadcast_i32x4(words, 0x0f00, load(c + at));
+      emit(word, i, _mm512_mask_broadcast_i32x4(words, 0xf000, load(d + at)));
+    }
+    if (whole < num_words) {
+      const int64_t at = static_cast<int64_t>(whole) * 4;
+      __m512i words = _mm512_castsi128_si512(_mm_maskz_loadu_epi32(tail, a + at));
+      words = _mm512_inserti32x4(words, _mm_maskz_loadu_epi32(tail, b + at), 1);
+      words = _mm512_inserti32x4(words, _mm_maskz_loadu_epi32(tail, c + at), 2);
+      emit(whole, i, _mm512_inserti32x4(words, _mm_maskz_loadu_epi32(tail, d + at), 3));
+    }
+  }
+}
+
+// Sums of the four words in each lane, for four vectors: word i of lane L is the sum of lane L of the i-th vector.
+inline __m512 sum_lanes(__m512 a, __m512 b, __m512 c, __m512 d) {
+  const __m512 ab = _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
+  const __m512 cd = _mm512_add_ps(_mm512_unpacklo_ps(c, d), _mm512_unpackhi_ps(c, d));
+  return _mm512_add_ps(_mm512_shuffle_ps(ab, cd, 0b01000100), _mm512_shuffle_ps(ab, cd, 0b11101110));
+}
+
 struct Avx512Base {
-  static constexpr int kRows = 6;     // 24 accumulators, 4 vectors of pairs and a broadcast fill the 32 registers
+  static constexpr int kScoreRows = 6;  // 24 accumulators, 4 vectors of pairs and a broadcast fill the 32 registers
+  static constexpr int kRows = 6;
   static constexpr int kVectors = 4;
   // To L2: prefetches to L1 share its few miss buffers with the loads, and streaming gets half as fast.
   static void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T1); }

@@ -6,6 +6,7 @@ namespace hybridgen {
 
 extern const Kernels kScalarKernels;
 #ifdef HYBRIDGEN_X86_64
+extern const Kernels kAvx2Kernels;
 extern const Kernels kAvx512Kernels;
 extern const AttendFn kAttendAvx512Bf16;
 extern const AttendFn kFoldAvx512Bf16;
@@ -24,9 +25,11 @@ std::vector<Isa> detect() {
   isas.push_back({"scalar", true, kScalarKernels});
 #ifdef HYBRIDGEN_X86_64
   // These ask the operating system too: registers that it does not save count as absent.
-  const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
-                      __builtin_cpu_supports("f16c") && __builtin_cpu_supports("fma");
+  const bool avx2 =
+      __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  isas.push_back({"avx2", avx2, kAvx2Kernels});
+  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
   isas.push_back({"avx512", avx512, kAvx512Kernels});
   Kernels bf16 = kAvx512Kernels;
   bf16.attend[static_cast<int>(Dtype::bfloat16)] = kAttendAvx512Bf16;

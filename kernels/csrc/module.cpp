@@ -117,11 +117,12 @@ NB_MODULE(_cpu, m) {
       .def(
           "__init__",
           [](Step* self, Pool& pool, int32_t num_layers, int32_t num_kv_heads, int32_t head_dim, int32_t page_size,
-             const std::string& dtype, uintptr_t k_pages, uintptr_t v_pages, int64_t num_pages, int32_t num_seqs,
+             const std::string& dtype, uintptr_t k_pages, uintptr_t v_pages, int32_t first_page, int32_t num_pages,
+             int32_t total_pages, int32_t num_seqs,
              uintptr_t query_begin, uintptr_t kv_len, uintptr_t block_table, int64_t max_pages, int32_t num_heads,
              float scale) {
             new (self) Step(pool, Layout{num_layers, num_kv_heads, head_dim, page_size, dtype_of(dtype)},
-                            pointer<std::byte>(k_pages), pointer<std::byte>(v_pages), num_pages, num_seqs,
+                            pointer<std::byte>(k_pages), pointer<std::byte>(v_pages), first_page, num_pages, total_pages, num_seqs,
                             pointer<int32_t>(query_begin), pointer<int32_t>(kv_len), pointer<int32_t>(block_table),
                             max_pages, num_heads, scale);
           },

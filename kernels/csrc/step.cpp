@@ -22,26 +22,11 @@ int32_t ceil_div(int32_t a, int32_t b) { return (a + b - 1) / b; }
 
 std::string at(int32_t seq) { return " (sequence " + std::to_string(seq) + ")"; }
 
-template <class Pair, class Element>
-void store_head(const std::byte* k, const std::byte* v, std::byte* k_page, std::byte* v_page, int32_t head_dim,
-                int32_t offset) {
-  const int32_t half = head_dim / 2;
-  std::byte* k_out = k_page + (int64_t{offset / kGroupTokens} * half * kGroupTokens + offset % kGroupTokens) *
-                                  static_cast<int64_t>(sizeof(Pair));
-  for (int32_t i = 0; i < half; ++i) {
-    std::memcpy(k_out + i * kGroupTokens * sizeof(Pair), k + i * sizeof(Pair), sizeof(Pair));
-  }
-  std::byte* v_out = v_page + (int64_t{offset / 2} * head_dim * 2 + offset % 2) * static_cast<int64_t>(sizeof(Element));
-  for (int32_t i = 0; i < head_dim; ++i) {
-    std::memcpy(v_out + 2 * i * sizeof(Element), v + i * sizeof(Element), sizeof(Element));
-  }
-}
-
 }  // namespace
 
-Step::Step(Pool& pool, const Layout& layout, std::byte* k_pages, std::byte* v_pages, int64_t num_pages,
-           int32_t num_seqs, const int32_t* query_begin, const int32_t* kv_len, const int32_t* block_table,
-           int64_t max_pages, int32_t num_heads, float scale)
+Step::Step(Pool& pool, const Layout& layout, std::byte* k_pages, std::byte* v_pages, int32_t first_page,
+           int32_t num_pages, int32_t total_pages, int32_t num_seqs, const int32_t* query_begin, const int32_t* kv_len,
+           const int32_t* block_table, int64_t max_pages, int32_t num_heads, float scale)
     : pool_(pool),
       layout_(layout),
       k_pages_(k_pages),
@@ -71,22 +56,42 @@ Step::Step(Pool& pool, const Layout& layout, std::byte* k_pages, std::byte* v_pa
       throw std::invalid_argument("kv_len " + std::to_string(kv_len_[seq]) + " needs " + std::to_string(used) +
                                   " pages but block_table has " + std::to_string(max_pages) + at(seq));
     }
-    const int32_t* pages = block_table + seq * max_pages;
+    const int32_t* table = block_table + seq * max_pages;
+    pages_begin_.push_back(static_cast<int64_t>(pages_.size()));
+    before_begin_.push_back(static_cast<int64_t>(before_.size()));
+    int32_t num_before = 0;
     for (int32_t i = 0; i < used; ++i) {
-      if (pages[i] < 0 || pages[i] >= num_pages) {
-        throw std::invalid_argument("page " + std::to_string(pages[i]) + " is not in [0, " + std::to_string(num_pages) +
-                                    ")" + at(seq));
+      if (table[i] < 0 || table[i] >= total_pages) {
+        throw std::invalid_argument("page " + std::to_string(table[i]) + " is not in [0, " +
+                                    std::to_string(total_pages) + ")" + at(seq));
       }
+      before_.push_back(num_before);
+      if (table[i] < first_page || table[i] >= first_page + num_pages) continue;
+      pages_.push_back(table[i] - first_page);
+      ++num_before;
     }
-    table_begin_.push_back(static_cast<int64_t>(block_table_.size()));
-    block_table_.insert(block_table_.end(), pages, pages + used);
+    before_.push_back(num_before);
+    const int32_t* before = before_.data() + before_begin_.back();
+    const int32_t* pages = pages_.data() + pages_begin_.back();
     for (int32_t i = 0; i < num_queries; ++i) {
       const int32_t position = kv_len_[seq] - num_queries + i;
-      slots_.push_back(position < 0 ? -1
-                                    : int64_t{pages[position / layout.page_size]} * layout.page_size +
-                                          position % layout.page_size);
+      const int32_t page = position / layout.page_size;
+      const bool here = position >= 0 && before[page + 1] > before[page];
+      slots_.push_back(here ? int64_t{pages[before[page]]} * layout.page_size + position % layout.page_size : -1);
+      key_end_.push_back(key_at(seq, position + 1));
     }
   }
+  pages_begin_.push_back(static_cast<int64_t>(pages_.size()));
+}
+
+// How many of the sequence's tokens before `position` lie on this tier. 0 <= position <= kv_len, less gives 0.
+int32_t Step::key_at(int32_t seq, int32_t position) const {
+  if (position <= 0) return 0;
+  const int32_t* before = before_.data() + before_begin_[seq];
+  const int32_t page = position / layout_.page_size;
+  const int32_t offset = position % layout_.page_size;
+  if (offset == 0) return before[page] * layout_.page_size;
+  return before[page] * layout_.page_size + (before[page + 1] > before[page] ? offset : 0);
 }
 
 void Step::check_layer(int32_t layer) const {
@@ -100,6 +105,7 @@ void Step::store_tokens(int32_t layer, const std::byte* k, int64_t k_stride, con
                         int32_t begin, int32_t end) const {
   const int64_t bytes = dtype_bytes(layout_.dtype);
   const int64_t head_bytes = layout_.head_elements() * bytes;
+  const int64_t row_bytes = layout_.head_dim * bytes;
   const int64_t layer_bytes = head_bytes * layout_.num_kv_heads * layer;
   for (int32_t token = begin; token < end; ++token) {
     if (slots_[token] < 0) continue;
@@ -108,13 +114,11 @@ void Step::store_tokens(int32_t layer, const std::byte* k, int64_t k_stride, con
     for (int32_t head = 0; head < layout_.num_kv_heads; ++head) {
       const std::byte* k_in = k + (token * k_stride + int64_t{head} * layout_.head_dim) * bytes;
       const std::byte* v_in = v + (token * v_stride + int64_t{head} * layout_.head_dim) * bytes;
-      std::byte* k_out = k_pages_ + page + head * head_bytes;
-      std::byte* v_out = v_pages_ + page + head * head_bytes;
-      if (bytes == 4) {
-        store_head<uint64_t, uint32_t>(k_in, v_in, k_out, v_out, layout_.head_dim, offset);
-      } else {
-        store_head<uint32_t, uint16_t>(k_in, v_in, k_out, v_out, layout_.head_dim, offset);
-      }
+      const int64_t out = page + head * head_bytes + offset * row_bytes;
+      std::byte* k_out = k_pages_ + out;
+      std::byte* v_out = v_pages_ + out;
+      std::memcpy(k_out, k_in, static_cast<size_t>(row_bytes));
+      std::memcpy(v_out, v_in, static_cast<size_t>(row_bytes));
     }
   }
 }
@@ -152,19 +156,20 @@ const Step::Plan& Step::plan(int32_t sliding_window) {
   plan->sliding_window = sliding_window;
   const int32_t group = num_heads_ / layout_.num_kv_heads;
   const int32_t tile_queries = std::max(1, kTileRows / group);
-  for (size_t seq = 0; seq < kv_len_.size(); ++seq) {
+  for (int32_t seq = 0; seq < static_cast<int32_t>(kv_len_.size()); ++seq) {
     const int32_t begin = query_begin_[seq];
     const int32_t end = query_begin_[seq + 1];
+    for (int32_t query = begin; query < end; ++query) {
+      const int32_t after = kv_len_[seq] - end + query + 1;
+      plan->begin.push_back(sliding_window > 0 ? key_at(seq, after - sliding_window) : 0);
+    }
     for (int32_t query = begin; query < end; query += tile_queries) {
       Tile tile{};
-      tile.seq = static_cast<int32_t>(seq);
+      tile.seq = seq;
       tile.query = query;
       tile.num_queries = std::min(tile_queries, end - query);
-      tile.position = kv_len_[seq] - end + query;
-      const int32_t key_end = std::max(0, tile.position + tile.num_queries);
-      const int32_t key_begin = sliding_window > 0 ? std::max(0, tile.position - sliding_window + 1) : 0;
-      tile.block_end = ceil_div(key_end, kBlockTokens);
-      tile.block_begin = std::min(key_begin / kBlockTokens, tile.block_end);
+      tile.block_end = ceil_div(key_end_[query + tile.num_queries - 1], kBlockTokens);
+      tile.block_begin = std::min(plan->begin[query] / kBlockTokens, tile.block_end);
       tile.partial = -1;
       plan->tiles.push_back(tile);
     }
@@ -194,7 +199,7 @@ const Step::Plan& Step::plan(int32_t sliding_window) {
       tile.pending = ceil_div(blocks, step);
       floats += tile_floats * layout_.num_kv_heads;
     }
-    const int32_t key_end = tile.position + tile.num_queries;
+    const int32_t key_end = key_end_[tile.query + tile.num_queries - 1];
     for (int32_t block = tile.block_begin; block == tile.block_begin || block < tile.block_end; block += step) {
       const int32_t block_end = std::min(block + step, tile.block_end);
       const double keys = std::max(0, std::min(key_end, block_end * kBlockTokens) - block * kBlockTokens);
@@ -245,13 +250,14 @@ void Step::run_item(const Call& call, int32_t index, std::byte* scratch) const {
   task.k = k_pages_ + offset;
   task.v = v_pages_ + offset;
   task.page_stride = layout_.page_elements();
-  task.block_table = block_table_.data() + table_begin_[tile.seq];
+  task.pages = pages_.data() + pages_begin_[tile.seq];
+  task.num_keys = static_cast<int32_t>(pages_begin_[tile.seq + 1] - pages_begin_[tile.seq]) * layout_.page_size;
   task.page_size = layout_.page_size;
   task.head_dim = layout_.head_dim;
   task.num_queries = tile.num_queries;
   task.group = group;
-  task.position = tile.position;
-  task.sliding_window = call.plan.sliding_window;
+  task.begin = call.plan.begin.data() + tile.query;
+  task.end = key_end_.data() + tile.query;
   task.scale = scale_;
   task.soft_cap = call.soft_cap;
   task.q = call.q + (tile.query * call.q_stride + query_offset) * bytes;

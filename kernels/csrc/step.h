@@ -24,10 +24,11 @@ struct Layout {
 
 class Step {
  public:
-  // Throws std::invalid_argument for lengths and page ids that do not fit.
-  Step(Pool& pool, const Layout& layout, std::byte* k_pages, std::byte* v_pages, int64_t num_pages, int32_t num_seqs,
-       const int32_t* query_begin, const int32_t* kv_len, const int32_t* block_table, int64_t max_pages,
-       int32_t num_heads, float scale);
+  // Of the pages in block_table, those numbered [first_page, first_page + num_pages) lie in k_pages and v_pages; the
+  // others, up to total_pages, are attended elsewhere. Throws std::invalid_argument for what does not fit.
+  Step(Pool& pool, const Layout& layout, std::byte* k_pages, std::byte* v_pages, int32_t first_page, int32_t num_pages,
+       int32_t total_pages, int32_t num_seqs, const int32_t* query_begin, const int32_t* kv_len,
+       const int32_t* block_table, int64_t max_pages, int32_t num_heads, float scale);
   Step(const Step&) = delete;
   Step& operator=(const Step&) = delete;
 
@@ -43,7 +44,6 @@ class Step {
     int32_t seq;
     int32_t query;  // row of the first in q
     int32_t num_queries;
-    int32_t position;  // of the first
     int32_t block_begin;
     int32_t block_end;
     int64_t partial;  // its first float in the pool's partials, per KV head; -1: finished by one item
@@ -57,6 +57,7 @@ class Step {
   };
   struct Plan {  // how a layer's work is shared out; layers differ by their sliding window alone
     int32_t sliding_window;
+    std::vector<int32_t> begin;  // [tokens]  a query sees keys [begin, key_end_)
     std::vector<Tile> tiles;
     std::vector<Item> items;  // cheapest first: the pool takes them from the back
     std::unique_ptr<std::atomic<int32_t>[]> pending;  // [tiles, num_kv_heads]  items still to finish
@@ -66,6 +67,7 @@ class Step {
   };
   struct Call;
 
+  int32_t key_at(int32_t seq, int32_t position) const;
   const Plan& plan(int32_t sliding_window);
   void run_item(const Call& call, int32_t index, std::byte* scratch) const;
   void store_tokens(int32_t layer, const std::byte* k, int64_t k_stride, const std::byte* v, int64_t v_stride,
@@ -80,9 +82,13 @@ class Step {
   const float scale_;
   std::vector<int32_t> query_begin_;  // [num_seqs + 1]
   std::vector<int32_t> kv_len_;       // [num_seqs]
-  std::vector<int64_t> table_begin_;  // [num_seqs]  where a sequence's pages begin in block_table_
-  std::vector<int32_t> block_table_;
-  std::vector<int64_t> slots_;  // [tokens]  page * page_size + offset; -1: the token lies before the keys
+  // Keys are numbered by their place among the sequence's tokens that lie on this tier.
+  std::vector<int64_t> pages_begin_;  // [num_seqs + 1]  where a sequence's pages begin in pages_
+  std::vector<int32_t> pages_;        // on this tier, counted from its first
+  std::vector<int64_t> before_begin_;  // [num_seqs]  where a sequence begins in before_
+  std::vector<int32_t> before_;       // for each entry of its block table and one more: pages of this tier before it
+  std::vector<int32_t> key_end_;      // [tokens]  keys at the query's own and earlier positions
+  std::vector<int64_t> slots_;        // [tokens]  page * page_size + offset; -1: the token is not on this tier
   std::vector<std::unique_ptr<Plan>> plans_;
 };
 

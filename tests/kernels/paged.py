@@ -52,7 +52,8 @@ class Batch:
         def draw(*shape: int) -> Tensor:
             return torch.randn(shape, generator=generator).to(layout.dtype)
 
-        self.k_pages, self.v_pages = allocate_pages(layout, num_pages)
+        self.pages = allocate_pages(layout, num_pages)
+        self.k_pages, self.v_pages = self.pages.k, self.pages.v
         self.k_pages.fill_(self.padding)
         self.v_pages.fill_(self.padding)
         for kv_len, pages in zip(self.kv_len, self.block_table, strict=True):
@@ -67,7 +68,7 @@ class Batch:
 
     def step(self, pool: AttentionPool) -> AttentionStep:
         return AttentionStep(
-            pool, self.layout, self.k_pages, self.v_pages, query_begin=self.query_begin, kv_len=self.kv_len,
+            pool, self.pages, query_begin=self.query_begin, kv_len=self.kv_len,
             block_table=self.block_table, num_heads=self.num_heads, scale=self.scale,
         )  # fmt: skip
 

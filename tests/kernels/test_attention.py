@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from hybridgen.kernels import reference
-from hybridgen.kernels.attention import AttentionPool, AttentionStep, KVLayout, allocate_pages
+from hybridgen.kernels.attention import AttentionPool, AttentionStep, KVLayout, KVPages, allocate_pages
 from hybridgen.kernels.isa import supported_isas
 from tests.kernels.paged import Batch
 
@@ -101,7 +101,7 @@ def test_pages_before_the_sliding_window_are_not_read_as_values(
             batch.v_pages[page] = torch.nan
         page, offset = batch.block_table[seq][first_used // 16], first_used % 16
         for older in range(offset):
-            batch.v_pages[page, :, :, older // 2, :, older % 2] = torch.nan
+            batch.v_pages[page, :, :, older] = torch.nan
     out, _ = batch.step(pool).attend(0, batch.q, sliding_window=101, return_lse=True)
     torch.testing.assert_close(out.double(), expected, atol=out_tolerance(pool.isa, dtype), rtol=0)
 
@@ -143,9 +143,8 @@ def test_queries_without_keys_give_zero_and_minus_infinity(pool: AttentionPool, 
 
 def test_a_batch_without_tokens_gives_an_empty_result(pool: AttentionPool) -> None:
     layout = KVLayout(1, 2, 64, 32, torch.float32)
-    k_pages, v_pages = allocate_pages(layout, 1)
     step = AttentionStep(
-        pool, layout, k_pages, v_pages, query_begin=[0], kv_len=[], block_table=[], num_heads=2, scale=1.0
+        pool, allocate_pages(layout, 1), query_begin=[0], kv_len=[], block_table=[], num_heads=2, scale=1.0
     )
     assert step.attend(0, torch.empty(0, 2, 64)).shape == (0, 2, 64)
 
@@ -183,6 +182,52 @@ def test_rows_of_a_fused_projection_are_read_and_written_in_place(
     assert not fused_out[:, 8 * 64 :].any()
 
 
+@pytest.mark.parametrize("sliding_window", [0, 101])
+@pytest.mark.parametrize("share", [0.0, 0.1, 0.5, 1.0])
+def test_the_parts_of_two_tiers_merge_to_the_whole(
+    pool: AttentionPool, dtype: torch.dtype, share: float, sliding_window: int
+) -> None:
+    batch = Batch(KVLayout(1, 2, 64, 32, dtype), group=3)
+    split = round(share * batch.pages.num_pages)
+    tiers = (0, split), (split, batch.pages.num_pages)
+    tables = {"query_begin": batch.query_begin, "kv_len": batch.kv_len, "block_table": batch.block_table}
+    parts = []
+    for first, end in tiers:
+        pages = KVPages(batch.layout, batch.k_pages[first:end].clone(), batch.v_pages[first:end].clone())
+        step = AttentionStep(
+            pool, pages, **tables, num_heads=6, scale=batch.scale,
+            first_page=first, total_pages=batch.pages.num_pages,
+        )  # fmt: skip
+        part = step.attend(0, batch.q, sliding_window=sliding_window, return_lse=True)
+        expected = reference.attend(
+            0, batch.q, pages.k, pages.v, **tables, scale=batch.scale,
+            first_page=first, sliding_window=sliding_window,
+        )  # fmt: skip
+        torch.testing.assert_close(
+            part[0].double(), expected[0], atol=out_tolerance(pool.isa, dtype), rtol=0
+        )
+        torch.testing.assert_close(part[1].double(), expected[1], atol=4e-6, rtol=2e-6)
+        parts.append(part)
+    out, lse = reference.merge(*parts[0], *parts[1])
+    expected_out, expected_lse = batch.expected(sliding_window=sliding_window)
+    torch.testing.assert_close(out.double(), expected_out, atol=out_tolerance(pool.isa, dtype), rtol=0)
+    torch.testing.assert_close(lse.double(), expected_lse, atol=4e-6, rtol=2e-6)
+
+
+def test_a_step_stores_only_what_lies_on_its_tier(pool: AttentionPool) -> None:
+    layout = KVLayout(1, 2, 8, 16, torch.float32)
+    pages = allocate_pages(layout, 2)
+    k, v = torch.randn(40, 2, 8), torch.randn(40, 2, 8)
+    step = AttentionStep(
+        pool, pages, query_begin=[0, 40], kv_len=[40], block_table=[[6, 2, 5]], num_heads=2, scale=1.0,
+        first_page=5, total_pages=9,
+    )  # fmt: skip
+    step.store(0, k, v)
+    assert torch.equal(pages.k[1, 0], k[:16].transpose(0, 1))
+    assert torch.equal(pages.v[0, 0, :, :8], v[32:].transpose(0, 1))
+    assert not pages.k[0, 0, :, 8:].any()
+
+
 def attend_all(batch: Batch, pool: AttentionPool) -> tuple[Tensor, Tensor]:
     return batch.step(pool).attend(batch.layer, batch.q, return_lse=True)
 
@@ -203,7 +248,7 @@ def test_the_rest_of_the_batch_does_not_change_a_bit(pool: AttentionPool, dtype:
     for seq, kv_len in enumerate(together.kv_len):
         begin, end = together.query_begin[seq], together.query_begin[seq + 1]
         alone = AttentionStep(
-            pool, together.layout, together.k_pages, together.v_pages, query_begin=[0, end - begin],
+            pool, together.pages, query_begin=[0, end - begin],
             kv_len=[kv_len], block_table=[together.block_table[seq]], num_heads=6, scale=together.scale,
         )  # fmt: skip
         alone_out, alone_lse = alone.attend(0, together.q[begin:end], return_lse=True)
@@ -221,7 +266,7 @@ def test_the_chunks_of_a_prompt_do_not_change_a_bit(
     for begin in range(0, 130, chunk):
         end = min(begin + chunk, 130)
         step = AttentionStep(
-            pool, whole.layout, whole.k_pages, whole.v_pages, query_begin=[0, end - begin],
+            pool, whole.pages, query_begin=[0, end - begin],
             kv_len=[470 + end], block_table=whole.block_table, num_heads=6, scale=whole.scale,
         )  # fmt: skip
         assert torch.equal(step.attend(0, whole.q[begin:end], sliding_window=sliding_window), out[begin:end])
@@ -277,13 +322,13 @@ def test_idle_threads_sleep() -> None:
 def test_a_fresh_cache_costs_no_memory() -> None:
     layout = KVLayout(32, 8, 128, 32, torch.bfloat16)
     num_pages = (4 << 30) // layout.page_bytes
-    k_pages, v_pages = allocate_pages(layout, num_pages)
-    assert k_pages.shape == layout.k_shape(num_pages)
-    assert k_pages.nbytes + v_pages.nbytes == num_pages * layout.page_bytes
-    assert k_pages.data_ptr() % (2 << 20) == 0
-    assert not k_pages[-1].any()
-    assert not v_pages[0].any()
-    k_pages[-1] = 1.0
+    pages = allocate_pages(layout, num_pages)
+    assert pages.k.shape == pages.v.shape == layout.shape(num_pages)
+    assert pages.k.nbytes + pages.v.nbytes == num_pages * layout.page_bytes
+    assert pages.k.data_ptr() % (2 << 20) == 0
+    assert not pages.k[-1].any()
+    assert not pages.v[0].any()
+    pages.k[-1] = 1.0
 
 
 @pytest.mark.parametrize(
@@ -304,7 +349,7 @@ def test_a_step_that_does_not_fit_is_refused_with_the_numbers(
     change: dict[str, object], message: str
 ) -> None:
     layout = KVLayout(1, 2, 8, 32, torch.float32)
-    k_pages, v_pages = allocate_pages(layout, 4)
+    pages = allocate_pages(layout, 4)
     arguments = {
         "query_begin": [0, 1],
         "kv_len": [1],
@@ -313,7 +358,7 @@ def test_a_step_that_does_not_fit_is_refused_with_the_numbers(
         "scale": 1.0,
     } | change
     with AttentionPool(1) as pool, pytest.raises(ValueError, match=message):
-        AttentionStep(pool, layout, k_pages, v_pages, **arguments)  # type: ignore[arg-type]
+        AttentionStep(pool, pages, **arguments)  # type: ignore[arg-type]
 
 
 def test_tensors_of_the_wrong_shape_dtype_or_stride_are_refused() -> None:

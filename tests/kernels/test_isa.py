@@ -38,7 +38,7 @@ from hybridgen.kernels.attention import AttentionPool, AttentionStep, KVLayout, 
 layout = KVLayout(1, 4, 64, 32, torch.float32)
 pool = AttentionPool(2)
 step = AttentionStep(
-    pool, layout, *allocate_pages(layout, 64), query_begin=[0, 2048], kv_len=[2048], block_table=[list(range(64))],
+    pool, allocate_pages(layout, 64), query_begin=[0, 2048], kv_len=[2048], block_table=[list(range(64))],
     num_heads=4, scale=0.125,
 )
 q = torch.randn(2048, 4, 64)
