@@ -69,7 +69,8 @@ def attend(
         # [keys, num_heads, head_dim]: each KV head serves a group of consecutive query heads
         group = num_heads // k_pages.shape[2]
         k, v = (
-            half[pages, layer].transpose(1, 2).flatten(0, 1)[:num_keys].to(dtype) for half in (k_pages, v_pages)
+            half[pages, layer].transpose(1, 2).flatten(0, 1)[:num_keys].to(dtype)
+            for half in (k_pages, v_pages)
         )
         k, v = (half.masked_fill(~here[:, None, None], 0).repeat_interleave(group, dim=1) for half in (k, v))
 

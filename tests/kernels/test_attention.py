@@ -203,9 +203,7 @@ def test_the_parts_of_two_tiers_merge_to_the_whole(
             0, batch.q, pages.k, pages.v, **tables, scale=batch.scale,
             first_page=first, sliding_window=sliding_window,
         )  # fmt: skip
-        torch.testing.assert_close(
-            part[0].double(), expected[0], atol=out_tolerance(pool.isa, dtype), rtol=0
-        )
+        torch.testing.assert_close(part[0].double(), expected[0], atol=out_tolerance(pool.isa, dtype), rtol=0)
         torch.testing.assert_close(part[1].double(), expected[1], atol=4e-6, rtol=2e-6)
         parts.append(part)
     out, lse = reference.merge(*parts[0], *parts[1])

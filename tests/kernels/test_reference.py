@@ -57,7 +57,7 @@ def test_partials_over_two_halves_of_the_pages_merge_to_the_whole(pool: Attentio
     halves = []
     for pages, kv_len in ((batch.block_table[0][:20], 640), (batch.block_table[0][20:], 416)):
         step = AttentionStep(
-            pool, batch.layout, batch.k_pages, batch.v_pages, query_begin=[0, 1], kv_len=[kv_len],
+            pool, batch.pages, query_begin=[0, 1], kv_len=[kv_len],
             block_table=[pages], num_heads=4, scale=batch.scale,
         )  # fmt: skip
         halves.append(step.attend(0, batch.q, return_lse=True))
