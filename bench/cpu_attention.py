@@ -25,7 +25,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from bench.peers.protocol import Peer, PeerFailed
 from bench.throughput import commit, machine
