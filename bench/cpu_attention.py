@@ -15,10 +15,8 @@ pass goes over so many layers that no K or V is still in the cache when its turn
 import argparse
 import json
 import os
-import statistics
 import sys
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from datetime import UTC, datetime
 from pathlib import Path
@@ -28,6 +26,7 @@ import torch
 
 from bench.peers.protocol import Peer, PeerFailed
 from bench.throughput import commit, machine
+from bench.timing import Turn, fastest, last_level_cache_bytes, take_turns, times_as_fast
 from hybridgen.kernels.attention import AttentionPool, AttentionStep, KVLayout, KVPages, allocate_pages
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -35,51 +34,6 @@ PAGE_SIZE = 32
 NUM_KV_HEADS = 4
 DTYPE = torch.bfloat16
 REST_S = 0.25  # before each turn: OpenMP's threads spin for a while after their last piece of work
-
-Turn = Callable[[float], float]  # seconds to spend -> seconds of the fastest pass
-
-
-def fastest(fn: Callable[[], object], seconds: float) -> float:
-    """Seconds of the fastest call within about `seconds`; at least two are made."""
-    best, calls, end_s = float("inf"), 0, time.perf_counter() + seconds
-    while calls < 2 or time.perf_counter() < end_s:
-        begin_s = time.perf_counter()
-        fn()
-        best = min(best, time.perf_counter() - begin_s)
-        calls += 1
-    return best
-
-
-def take_turns(turns: Mapping[str, Turn], *, seconds: float, rounds: int) -> dict[str, list[float]]:
-    """The fastest pass of every turn, by name, one entry a round."""
-    times: dict[str, list[float]] = {name: [] for name in turns}
-    for _ in range(rounds):
-        for name, turn in turns.items():
-            time.sleep(REST_S)
-            times[name].append(turn(seconds))
-    return times
-
-
-def times_as_fast(times: Mapping[str, Sequence[float]], ours: str, theirs: str) -> float:
-    """How many times as fast `ours` is: the median over rounds."""
-    ratios = [their / our for our, their in zip(times[ours], times[theirs], strict=True)]
-    return round(statistics.median(ratios), 3)
-
-
-def last_level_cache_bytes() -> int:
-    """Of all caches of the highest level together; 32 MiB where the system does not say."""
-    caches: dict[str, tuple[int, int]] = {}
-    for index in Path("/sys/devices/system/cpu").glob("cpu[0-9]*/cache/index*"):
-        try:
-            level = int((index / "level").read_text())
-            size = (index / "size").read_text().strip()
-            shared = (index / "shared_cpu_list").read_text().strip()
-        except (OSError, ValueError):
-            continue
-        unit = {"K": 1 << 10, "M": 1 << 20}.get(size[-1:], 1)
-        caches[f"{level} {shared}"] = (level, int(size.rstrip("KM")) * unit)
-    highest = max((level for level, _ in caches.values()), default=0)
-    return sum(size for level, size in caches.values() if level == highest) or 32 << 20
 
 
 def num_layers_of(kv_bytes: int) -> int:
