@@ -18,6 +18,7 @@ import argparse
 import fnmatch
 import functools
 import json
+import signal
 import statistics
 import sys
 import time
@@ -26,7 +27,8 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from types import FrameType
+from typing import Any, Self
 
 import torch
 
@@ -65,7 +67,7 @@ class Cell:
         weights = (
             num_parameters(CONFIG) - CONFIG["vocab_size"] * CONFIG["hidden_size"]
         )  # embedding rows are few
-        per_token = 2 * CONFIG["num_hidden_layers"] * CONFIG["num_key_value_heads"] * CONFIG["head_dim"]
+        per_token: int = 2 * CONFIG["num_hidden_layers"] * CONFIG["num_key_value_heads"] * CONFIG["head_dim"]
         return 2 * (weights + self.concurrency * (self.context + output_len // 2) * per_token)
 
 
@@ -166,7 +168,7 @@ class Native:
         self.seconds = 0.0
         self._originals: list[tuple[Any, str, Any]] = []
 
-    def __enter__(self) -> "Native":
+    def __enter__(self) -> Self:
         for name in dir(_cpu):
             member = getattr(_cpu, name)
             if isinstance(member, type):
@@ -406,7 +408,13 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
+def _exit_on_sigterm(number: int, frame: FrameType | None) -> None:
+    raise SystemExit(128 + number)
+
+
 def main() -> None:
+    # As an exception, so that the servers are stopped on the way out.
+    signal.signal(signal.SIGTERM, _exit_on_sigterm)
     print(markdown(run(parse(sys.argv[1:]))))
 
 

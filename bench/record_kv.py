@@ -101,7 +101,7 @@ def load_or_record(folder: Path, length: int, *, model: Path = MODEL, seed: int 
     made_of = {"weights": weights, "kinds": json.dumps(KINDS), "seed": str(seed), "queries": str(NUM_QUERIES)}
     path = folder / f"recorded-{length}.safetensors"
     if path.is_file():
-        with safe_open(path, framework="pt") as file:  # type: ignore[no-untyped-call]
+        with safe_open(path, framework="pt") as file:
             if file.metadata() == made_of:
                 return [
                     Recording(kind, *(file.get_tensor(f"{kind}.{name}") for name in ("k", "v", "q")))
