@@ -27,7 +27,8 @@ import torch
 from bench.peers.protocol import Peer, PeerFailed
 from bench.throughput import commit, machine
 from bench.timing import Turn, fastest, last_level_cache_bytes, take_turns, times_as_fast
-from hybridgen.kernels.attention import AttentionPool, AttentionStep, KVLayout, KVPages, allocate_pages
+from hybridgen.kernels.attention import AttentionStep, KVLayout, KVPages, allocate_pages
+from hybridgen.kernels.pool import AttentionPool
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE_SIZE = 32

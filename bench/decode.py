@@ -40,7 +40,7 @@ from bench.timing import fastest, last_level_cache_bytes
 from hybridgen.engine.llm import LLM
 from hybridgen.engine.request import Request, SamplingParams
 from hybridgen.kernels import _cpu
-from hybridgen.kernels.attention import AttentionPool
+from hybridgen.kernels.pool import AttentionPool
 
 ROOT = Path(__file__).resolve().parent.parent
 MAX_MODEL_LEN = 40960
@@ -64,11 +64,11 @@ class Cell:
 
     def step_bytes(self, output_len: int) -> int:
         """What one step must read: each linear weight once, K and V of every token once, halfway through the answer."""
-        weights = (
-            num_parameters(CONFIG) - CONFIG["vocab_size"] * CONFIG["hidden_size"]
-        )  # embedding rows are few
-        per_token: int = 2 * CONFIG["num_hidden_layers"] * CONFIG["num_key_value_heads"] * CONFIG["head_dim"]
-        return 2 * (weights + self.concurrency * (self.context + output_len // 2) * per_token)
+        # Of the embedding only a row a token is read.
+        weights = num_parameters(CONFIG) - CONFIG["vocab_size"] * CONFIG["hidden_size"]
+        kv_of_a_token = 2 * CONFIG["num_hidden_layers"] * CONFIG["num_key_value_heads"] * CONFIG["head_dim"]
+        num_values: int = weights + self.concurrency * (self.context + output_len // 2) * kv_of_a_token
+        return num_values * torch.bfloat16.itemsize
 
 
 def prompts_of(cell: Cell) -> list[list[int]]:
