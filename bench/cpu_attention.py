@@ -7,14 +7,15 @@ cache, and llama.cpp's ggml_flash_attn_ext over a float16 cache, which is its de
     cmake -S bench/peers -B build/ggml -DGGML_SOURCE=.../llama.cpp/ggml && cmake --build build/ggml -j2
     python -m bench.cpu_attention --vllm-python PATH --ggml build/ggml/ggml_attention --json FILE
 
-Competitors of a line take turns, several rounds of them, so that a busy neighbour hits all alike. A figure is the
-fastest pass of all rounds; a ratio is the median over rounds of one turn against the other of the same round. A
-pass goes over so many layers that no K or V is still in the cache when its turn comes again.
+Competitors of a line take turns, several rounds of them, so that a busy neighbour hits all alike. A turn's figure is
+its fastest pass; of the rounds the median is shown, and a ratio is the median over rounds of one turn against the
+other of the same round. A pass goes over so many layers that no K or V is still in the cache when its turn comes.
 """
 
 import argparse
 import json
 import os
+import statistics
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
@@ -118,13 +119,13 @@ def measure_exact(
         except PeerFailed as error:
             failed[peer.name] = str(error)
     times = take_turns(turns, seconds=options.seconds, rounds=options.rounds)
-    best = {name: min(values) for name, values in times.items()}
+    middle = {name: statistics.median(values) for name, values in times.items()}
     return {
         "what": "decode",
         **shape,
         "pass_bytes": pass_bytes,
-        "gb_s": {name: round(pass_bytes / value / 1e9, 2) for name, value in best.items()},
-        "us_per_layer": {name: round(1e6 * value / shape["num_layers"], 1) for name, value in best.items()},
+        "gb_s": {name: round(pass_bytes / value / 1e9, 2) for name, value in middle.items()},
+        "us_per_layer": {name: round(1e6 * value / shape["num_layers"], 1) for name, value in middle.items()},
         "share_of_plain_read": times_as_fast(times, "exact", "plain_read"),
         "times_as_fast_as": {
             peer.name: times_as_fast(times, "exact", peer.name) for peer in peers if peer.name in times
