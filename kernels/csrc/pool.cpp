@@ -127,8 +127,9 @@ void Pool::work(Worker& worker, int cpu) {
   pthread_setname_np(pthread_self(), "hybridgen-pool");
   for (;;) {
     const int32_t seen = worker.signal_.load(std::memory_order_acquire);
-    // Before the last look: who publishes items afterwards and finds it false knows that they will be seen.
-    worker.idle_.store(true);
+    // Before the last look: who publishes items and does not find this thread idle knows that it will see them.
+    if (worker.state_.exchange(Worker::idle) == Worker::called) num_called_.fetch_sub(1);
+    worker.fresh_ = true;
     bool worked = false;
     while (run_next(worker, kAnyJob)) worked = true;
     worker.clock_ns_ = 0;
@@ -145,6 +146,14 @@ void Pool::signal(Worker& worker) {
   worker.signal_.notify_one();
 }
 
+bool Pool::call(Worker& worker) {
+  Worker::State state = Worker::idle;
+  if (worker.state_.load() != state || !worker.state_.compare_exchange_strong(state, Worker::called)) return false;
+  num_called_.fetch_add(1);
+  signal(worker);
+  return true;
+}
+
 // Wakes `count` idle threads, if there are as many: those of groups with items before those that would steal.
 void Pool::wake(int32_t count, const int32_t* num_items, int32_t spared) {
   for (const bool steal : {false, true}) {
@@ -152,12 +161,26 @@ void Pool::wake(int32_t count, const int32_t* num_items, int32_t spared) {
       int32_t here = steal ? count : std::min(count, num_items[group]);
       for (int32_t i = group_begin_[group]; i < group_begin_[group + 1] && here > 0; ++i) {
         Worker& worker = workers_[i];
-        if (i == spared || !worker.idle_.load() || !worker.idle_.exchange(false)) continue;
-        signal(worker);
+        if (i == spared || !call(worker)) continue;
         --here;
         --count;
       }
       if (count <= 0) return;
+    }
+  }
+}
+
+// Of several publishers each may have called the same thread: one that begins to work sees to it that items left
+// over find another, unless one is already on its way, which will do the same.
+void Pool::wake_another(int32_t spared) {
+  if (num_called_.load() > 0) return;
+  const uint64_t head = head_.load();
+  for (uint64_t id = tail_.load(std::memory_order_acquire); id <= head; ++id) {
+    for (int32_t group = 0; group < num_groups_; ++group) {
+      if (slots_[id % kMaxJobs].cells[group].unclaimed.load() <= 0) continue;
+      Counted num_items{};
+      num_items[group] = 1;
+      return wake(1, num_items.data(), spared);
     }
   }
 }
@@ -183,10 +206,10 @@ bool Pool::run_next(Worker& worker, uint64_t last) {
 }
 
 void Pool::run_claimed(Slot& slot, int32_t group, int32_t item, Worker& worker) {
-  // Somebody counts on an idle thread that has just found work by itself: hand the call on.
-  const bool pooled = worker.index_ < num_threads();
-  if (pooled && worker.clock_ns_ == 0 && !worker.idle_.exchange(false)) {
-    wake(1, slot.num_items.get(), slot.spared);
+  if (worker.fresh_) {
+    worker.fresh_ = false;
+    if (worker.state_.exchange(Worker::busy) == Worker::called) num_called_.fetch_sub(1);
+    wake_another(slot.spared);
   }
   run_timed(*slot.job, slot.name, slot.id, slot.layer, slot.phase, group, item, worker);
   if (slot.unfinished.fetch_sub(1, std::memory_order_acq_rel) == 1) end_phase(slot, worker);
@@ -258,10 +281,13 @@ int32_t Pool::begin_phase(Slot& slot) {
   return std::accumulate(slot.num_items.get(), slot.num_items.get() + num_groups_, int32_t{0});
 }
 
-// Hands the items out. The slot's plain fields are no longer the publisher's to read afterwards.
+// Hands the items out. As soon as the last of them is, the phase may have ended and another thread be publishing the
+// next: the slot's plain fields are no longer the publisher's, nor are the cells of groups without items.
 void Pool::publish(Slot& slot, int32_t total, const Counted& num_items) {
   slot.unfinished.store(total, std::memory_order_relaxed);
-  for (int32_t group = 0; group < num_groups_; ++group) slot.cells[group].unclaimed.store(num_items[group]);
+  for (int32_t group = 0; group < num_groups_; ++group) {
+    if (num_items[group] > 0) slot.cells[group].unclaimed.store(num_items[group]);
+  }
 }
 
 void Pool::end_phase(Slot& slot, Worker& worker) {
@@ -274,6 +300,7 @@ void Pool::end_phase(Slot& slot, Worker& worker) {
   const int32_t spared = slot.spared;
   publish(slot, total, num_items);
   // One less than there are items, where this thread goes on to take one; a caller whose own job ends may not.
+  worker.fresh_ = true;
   const bool joins = worker.index_ < num_threads() || worker.waiting_for_.load() >= id;
   int32_t count = joins ? std::min(total, num_threads()) - 1 : std::min(total, num_threads() - 1);
   for (Seat& seat : seats_) {
@@ -342,9 +369,8 @@ void Pool::wait(const Ticket& ticket) noexcept {
   const int64_t busy_before = worker->busy_ns_;
   worker->waiting_for_.store(ticket.id);
   // The caller has moved to another CPU since: the one that it left is free now.
-  if (ticket.spared >= 0 && ticket.spared != here && workers_[ticket.spared].idle_.exchange(false)) {
-    signal(workers_[ticket.spared]);
-  }
+  if (ticket.spared >= 0 && ticket.spared != here) call(workers_[ticket.spared]);
+  worker->fresh_ = true;
   for (int spins = 0;;) {
     const int32_t seen = worker->signal_.load(std::memory_order_acquire);
     if (is_done(ticket)) break;

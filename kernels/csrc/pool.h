@@ -50,7 +50,8 @@ class alignas(64) Worker {  // a thread that works on a job: one of the pool's, 
 
   // Written by whoever has news.
   std::atomic<int32_t> signal_{0};  // changes when there may be items, or a job has ended; slept on
-  std::atomic<bool> idle_{false};   // may be woken; who clears it owes a signal
+  enum State : int32_t { busy, idle, called };  // called: counted on to look for items, since somebody saw it idle
+  std::atomic<State> state_{busy};
   std::atomic<uint64_t> waiting_for_{0};  // a caller's ticket; 0: not in wait
 
   // Its own from here on.
@@ -61,6 +62,7 @@ class alignas(64) Worker {  // a thread that works on a job: one of the pool's, 
   int32_t num_groups_ = 1;
   int32_t num_layers_ = 0;
   std::unique_ptr<Counts[]> counts_;  // [num_layers, num_groups]
+  bool fresh_ = false;                // has yet to claim an item since it began to look for some
   int64_t clock_ns_ = 0;              // end of the item before, if the next one follows at once; else 0
   int64_t busy_ns_ = 0;               // in all
   // The last item that it ran, so that its wait for the end of that job can be counted when the end is known.
@@ -195,6 +197,8 @@ class Pool {
   void end_phase(Slot& slot, Worker& worker);
   void finish(Slot& slot);
   void wake(int32_t count, const int32_t* num_items, int32_t spared);
+  void wake_another(int32_t spared);
+  bool call(Worker& worker);
   static void signal(Worker& worker);
   void settle(Worker& worker, int64_t begin_ns);
   int64_t unsettled_ns(const Worker& worker, int64_t until_ns) const;
@@ -227,6 +231,7 @@ class Pool {
 
   alignas(64) std::atomic<uint64_t> head_{0};  // the job submitted last
   alignas(64) std::atomic<uint64_t> tail_{1};  // jobs before it are done
+  alignas(64) std::atomic<int32_t> num_called_{0};  // workers in that state
   std::array<Slot, kMaxJobs> slots_;
 };
 
