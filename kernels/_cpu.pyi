@@ -99,3 +99,44 @@ class Rows:
     def silu_and_mul(
         self, pool: Pool | None, rows: int, n: int, x: int, x_stride: int, out: int, out_stride: int
     ) -> None: ...
+
+def index_group_bytes(head_dim: int) -> int: ...
+
+class IndexPages:
+    def __init__(
+        self,
+        dtype: str,
+        num_layers: int,
+        num_kv_heads: int,
+        head_dim: int,
+        page_size: int,
+        index: int,
+        v_sum: int,
+    ) -> None: ...
+    def build(self, pool: Pool, isa: str, k: int, v: int, pages: Sequence[int]) -> None: ...
+    def estimate(
+        self,
+        isa: str,
+        q: int,
+        group: int,
+        scale: float,
+        soft_cap: float,
+        layer_head: int,
+        block_table: Sequence[int],
+        num_tokens: int,
+        out: int,
+    ) -> None: ...
+    def select(
+        self,
+        isa: str,
+        q: int,
+        group: int,
+        scale: float,
+        soft_cap: float,
+        layer_head: int,
+        block_table: Sequence[int],
+        num_tokens: int,
+        num_sinks: int,
+        always_begin: int,
+        mass: float,
+    ) -> tuple[bool, list[int], list[float], list[float]]: ...

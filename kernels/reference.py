@@ -145,3 +145,72 @@ def silu_and_mul(gate_up: Tensor) -> Tensor:
     """[tokens, 2n] -> [tokens, n]: silu of the first half times the second."""
     gate, up = gate_up.chunk(2, dim=-1)
     return torch.nn.functional.silu(gate.float()).to(gate.dtype) * up
+
+
+# ---- the int8 index of K ----
+
+
+def quantize_keys(k: Tensor) -> tuple[Tensor, Tensor]:
+    """Codes and scales of keys, a scale to 32 dims (the last of which may be missing and count as 0).
+
+    Args:
+        k: [.., head_dim]
+
+    Returns:
+        codes int8 [.., chunks, 32] and scales float16 [.., chunks], so that codes * scales is nearly k. A scale of NaN
+        stands for keys that are not finite or, at 8e6, too large for a float16 scale.
+    """
+    dims = -k.shape[-1] % 32
+    chunks = torch.nn.functional.pad(k.float(), (0, dims)).reshape(*k.shape[:-1], -1, 32)
+    largest = chunks.abs().amax(-1)
+    scales = (largest * torch.tensor(1 / 127, dtype=torch.float32)).to(torch.float16)
+    usable = largest.isfinite() & scales.isfinite()
+    scales = torch.where(usable, scales, torch.nan)
+    inverse = torch.where(usable & (scales > 0), torch.tensor(1.0) / scales.float(), 0.0)
+    codes = torch.where(inverse[..., None] == 0, 0.0, chunks * inverse[..., None])
+    return codes.clamp(-127, 127).round().to(torch.int8), scales
+
+
+def unpack_index(index: Tensor, head_dim: int) -> tuple[Tensor, Tensor]:
+    """Codes and scales as `quantize_keys` gives them for a page: [.., page_size, chunks, 32], [.., page_size, chunks].
+
+    Args:
+        index: uint8 [.., page_size / 16, group_bytes]
+    """
+    chunks = -(-head_dim // 32)
+    shape = index.shape[:-2]
+    quads = index[..., : chunks * 512].reshape(*shape, -1, chunks * 8, 16, 4).transpose(-3, -2)
+    codes = (quads.to(torch.int16) - 128).to(torch.int8).reshape(*shape, -1, chunks, 32)
+    scales = index[..., chunks * 512 : chunks * 544].contiguous().view(torch.float16)
+    return codes, scales.reshape(*shape, -1, chunks, 16).transpose(-2, -1).reshape(*shape, -1, chunks)
+
+
+def estimate(q: Tensor, codes: Tensor, scales: Tensor, scale: float, soft_cap: float = 0.0) -> Tensor:
+    """Logits [group, tokens] in float64 from quantised keys; q [group, head_dim] is quantised likewise.
+
+    Args:
+        codes, scales: [tokens, chunks, 32], [tokens, chunks]
+    """
+    chunks = torch.nn.functional.pad(q.float(), (0, -q.shape[-1] % 32)).reshape(len(q), -1, 32)
+    largest = chunks.abs().amax(-1, keepdim=True)
+    inverse = torch.where(largest > 0, torch.tensor(127.0) / largest, 0.0)
+    rounded = (chunks * inverse).round().double() * (largest / 127)
+    logits = torch.einsum("gcd,tcd,tc->gt", rounded, codes.double(), scales.double()) * scale
+    return soft_cap * torch.tanh(logits / soft_cap) if soft_cap else logits
+
+
+def select(estimates: Tensor, mass: float, num_sinks: int = 0, always_begin: int | None = None) -> Tensor:
+    """The fewest tokens, ascending, whose softmax probabilities averaged over the group add up to `mass`.
+
+    Args:
+        estimates: [group, tokens]
+        num_sinks, always_begin: tokens before and from here are taken in any case.
+    """
+    scores = torch.softmax(estimates.double(), dim=-1).mean(0)
+    wanted = scores.clone()
+    wanted[:num_sinks] = torch.inf
+    if always_begin is not None:
+        wanted[always_begin:] = torch.inf
+    order = wanted.argsort(descending=True)
+    before = scores[order].cumsum(0) - scores[order]
+    return order[(before < mass) | wanted[order].isinf()].sort().values

@@ -7,6 +7,7 @@
 #include <mutex>
 #include <stdexcept>
 
+#include "bind_mass.h"
 #include "bind_pool.h"
 #include "isa.h"
 #include "pool.h"
@@ -112,6 +113,7 @@ NB_MODULE(_cpu, m) {
   m.def("supported_isas", &supported_isas);
 
   bind_pool(m);
+  bind_mass(m);
 
   nb::class_<Step>(m, "Step")
       .def(

@@ -1,0 +1,143 @@
+// The index of K in Python; wrapped by kernels/index.py.
+#include "bind_mass.h"
+
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/tuple.h>
+#include <nanobind/stl/vector.h>
+
+#include <stdexcept>
+#include <tuple>
+#include <vector>
+
+#include "index.h"
+#include "isa.h"
+#include "pool.h"
+
+namespace nb = nanobind;
+
+namespace hybridgen {
+namespace {
+
+template <class T>
+T* pointer(uintptr_t address) {
+  return reinterpret_cast<T*>(address);
+}
+
+Dtype dtype_of(const std::string& name) {
+  if (name == "float32") return Dtype::float32;
+  if (name == "bfloat16") return Dtype::bfloat16;
+  if (name == "float16") return Dtype::float16;
+  throw std::invalid_argument("no index for dtype " + name);
+}
+
+struct IndexPages {  // a tier's K, V and index, page first
+  IndexPages(const std::string& dtype, int32_t num_layers, int32_t num_kv_heads, int32_t head_dim, int32_t page_size,
+             uintptr_t index, uintptr_t v_sum)
+      : dtype(dtype_of(dtype)),
+        num_heads(num_layers * num_kv_heads),
+        head_dim(head_dim),
+        page_size(page_size),
+        piece_bytes(page_size / kIndexGroup * index_group_bytes(head_dim)),
+        index(pointer<std::byte>(index)),
+        v_sum(pointer<float>(v_sum)) {}
+
+  void build(Pool& pool, const std::string& isa, uintptr_t k, uintptr_t v, const std::vector<int64_t>& pages) const {
+    struct Call {
+      const IndexPages& self;
+      const IndexKernels& kernels;
+      const std::byte* k;
+      const std::byte* v;
+      const std::vector<int64_t>& pages;
+    };
+    const Call call{*this, find_index_kernels(isa), pointer<std::byte>(k), pointer<std::byte>(v), pages};
+    const int64_t bytes = int64_t{2} * page_size * head_dim * num_heads * dtype_bytes(dtype);
+    const std::lock_guard<std::mutex> lock(pool.mutex);
+    pool.run(
+        static_cast<int32_t>(pages.size()),
+        [](const void* context, int32_t item, std::byte*) {
+          const Call& c = *static_cast<const Call*>(context);
+          const IndexPages& self = c.self;
+          const auto dtype = static_cast<int>(self.dtype);
+          const int64_t half = int64_t{self.page_size} * self.head_dim * dtype_bytes(self.dtype);
+          for (int32_t head = 0; head < self.num_heads; ++head) {
+            const int64_t n = c.pages[item] * self.num_heads + head;
+            c.kernels.quantize[dtype](c.k + n * half, self.head_dim, self.page_size, 0, self.head_dim,
+                                      self.index + n * self.piece_bytes);
+            c.kernels.sum_page[dtype](c.v + n * half, self.page_size, self.head_dim, self.v_sum + n * self.head_dim);
+          }
+        },
+        &call, 0, static_cast<int64_t>(pages.size()) * bytes < (int64_t{256} << 10));
+  }
+
+  ScanTask task(const IndexQuery& query, int32_t layer_head, const std::vector<int32_t>& block_table,
+                int32_t num_tokens, int32_t num_sinks) const {
+    ScanTask task{};
+    task.index = index + layer_head * piece_bytes;
+    task.page_stride = num_heads * piece_bytes;
+    task.block_table = block_table.data();
+    task.page_size = page_size;
+    task.head_dim = head_dim;
+    task.num_tokens = num_tokens;
+    task.num_sinks = num_sinks;
+    task.query = query;
+    return task;
+  }
+
+  IndexQuery prepare(const IndexKernels& kernels, uintptr_t q, int32_t group, float scale, float soft_cap,
+                     std::vector<std::byte>& memory) const {
+    memory.resize(static_cast<size_t>(index_query_bytes(group, head_dim)));
+    return kernels.prepare[static_cast<int>(dtype)](pointer<void>(q), group, head_dim, scale, soft_cap, memory.data());
+  }
+
+  void estimate(const std::string& isa, uintptr_t q, int32_t group, float scale, float soft_cap, int32_t layer_head,
+                const std::vector<int32_t>& block_table, int32_t num_tokens, uintptr_t out) const {
+    const IndexKernels& kernels = find_index_kernels(isa);
+    std::vector<std::byte> memory;
+    const IndexQuery query = prepare(kernels, q, group, scale, soft_cap, memory);
+    const ScanTask scan = task(query, layer_head, block_table, num_tokens, 0);
+    std::vector<std::byte> scratch(static_cast<size_t>(scan_scratch_bytes(group, head_dim)));
+    for (int32_t unit = 0; unit * kIndexUnit < num_tokens; ++unit) {
+      kernels.estimate(scan, unit, pointer<float>(out) + int64_t{unit} * group * kIndexUnit, scratch.data());
+    }
+  }
+
+  std::tuple<bool, std::vector<int32_t>, std::vector<float>, std::vector<float>> select(
+      const std::string& isa, uintptr_t q, int32_t group, float scale, float soft_cap, int32_t layer_head,
+      const std::vector<int32_t>& block_table, int32_t num_tokens, int32_t num_sinks, int32_t always_begin,
+      double mass) const {
+    const IndexKernels& kernels = find_index_kernels(isa);
+    std::vector<std::byte> memory;
+    const IndexQuery query = prepare(kernels, q, group, scale, soft_cap, memory);
+    Selection selection = hybridgen::select(
+        kernels, {task(query, layer_head, block_table, num_tokens, num_sinks), always_begin, mass});
+    return {selection.estimated, std::move(selection.tokens), std::move(selection.lse), std::move(selection.rest)};
+  }
+
+  Dtype dtype;
+  int32_t num_heads;  // of all layers
+  int32_t head_dim;
+  int32_t page_size;
+  int64_t piece_bytes;
+  std::byte* index;
+  float* v_sum;
+};
+
+}  // namespace
+
+void bind_mass(nb::module_& m) {
+  m.def("index_group_bytes", &index_group_bytes, nb::arg("head_dim"));
+
+  nb::class_<IndexPages>(m, "IndexPages")
+      .def(nb::init<const std::string&, int32_t, int32_t, int32_t, int32_t, uintptr_t, uintptr_t>(), nb::arg("dtype"),
+           nb::arg("num_layers"), nb::arg("num_kv_heads"), nb::arg("head_dim"), nb::arg("page_size"), nb::arg("index"),
+           nb::arg("v_sum"))
+      .def("build", &IndexPages::build, nb::arg("pool"), nb::arg("isa"), nb::arg("k"), nb::arg("v"), nb::arg("pages"),
+           nb::call_guard<nb::gil_scoped_release>())
+      .def("estimate", &IndexPages::estimate, nb::arg("isa"), nb::arg("q"), nb::arg("group"), nb::arg("scale"),
+           nb::arg("soft_cap"), nb::arg("layer_head"), nb::arg("block_table"), nb::arg("num_tokens"), nb::arg("out"))
+      .def("select", &IndexPages::select, nb::arg("isa"), nb::arg("q"), nb::arg("group"), nb::arg("scale"),
+           nb::arg("soft_cap"), nb::arg("layer_head"), nb::arg("block_table"), nb::arg("num_tokens"),
+           nb::arg("num_sinks"), nb::arg("always_begin"), nb::arg("mass"));
+}
+
+}  // namespace hybridgen
