@@ -40,7 +40,9 @@ class Step:
         dtype: str,
         k_pages: int,
         v_pages: int,
+        first_page: int,
         num_pages: int,
+        total_pages: int,
         num_seqs: int,
         query_begin: int,
         kv_len: int,
@@ -64,6 +66,35 @@ class Step:
         soft_cap: float,
         /,
     ) -> None: ...
+    def submit(
+        self,
+        layer: int,
+        q: int,
+        q_stride: int,
+        out: int,
+        out_stride: int,
+        out_float32: bool,
+        lse: int,
+        sliding_window: int,
+        soft_cap: float,
+        /,
+    ) -> Attend: ...
+
+class Attend:
+    def wait(self) -> None: ...
+    def is_done(self) -> bool: ...
+
+def copy_pages(
+    pool: Pool,
+    source_k: int,
+    source_v: int,
+    target_k: int,
+    target_v: int,
+    sources: Sequence[int],
+    targets: Sequence[int],
+    half_bytes: int,
+    /,
+) -> None: ...
 
 class Rows:
     def __init__(self, isa: str, dtype: str) -> None: ...
@@ -98,6 +129,18 @@ class Rows:
     ) -> None: ...
     def silu_and_mul(
         self, pool: Pool | None, rows: int, n: int, x: int, x_stride: int, out: int, out_stride: int
+    ) -> None: ...
+    def merge(
+        self,
+        pool: Pool | None,
+        rows: int,
+        n: int,
+        out_a: int,
+        lse_a: int,
+        out_b: int,
+        lse_b: int,
+        out: int,
+        lse: int,
     ) -> None: ...
 
 def index_group_bytes(head_dim: int) -> int: ...

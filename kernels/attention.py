@@ -116,6 +116,61 @@ def _map_zeros(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     return whole[skipped : skipped + count * dtype.itemsize].view(dtype).view(shape)
 
 
+def copy_pages(
+    pool: AttentionPool,
+    source: KVPages,
+    source_pages: Sequence[int],
+    target: KVPages,
+    target_pages: Sequence[int],
+) -> None:
+    """Make page `target_pages[i]` of one tier what page `source_pages[i]` of another, or of the same, is.
+
+    Args:
+        source_pages, target_pages: counted from the first page of their tier; none is in both lists of one tier.
+
+    Raises:
+        ValueError: the tiers' pages differ in shape, or a page is not there; nothing was copied.
+    """
+    if source.layout != target.layout:
+        raise ValueError(f"pages of {source.layout} cannot become pages of {target.layout}")
+    if len(source_pages) != len(target_pages):
+        raise ValueError(f"{len(source_pages)} pages cannot become {len(target_pages)}")
+    for pages, tier in ((source_pages, source), (target_pages, target)):
+        for page in pages:
+            if not 0 <= page < tier.num_pages:
+                raise ValueError(f"page {page} is not in [0, {tier.num_pages})")
+    _cpu.copy_pages(
+        pool.handle,
+        source.k.data_ptr(),
+        source.v.data_ptr(),
+        target.k.data_ptr(),
+        target.v.data_ptr(),
+        source_pages,
+        target_pages,
+        source.layout.page_bytes // 2,
+    )
+
+
+class Ticket:
+    """Attention that was submitted. It holds its tensors until it is done; dropped, it waits."""
+
+    __slots__ = ("_handle", "_lse", "_out", "_q")
+
+    def __init__(self, handle: _cpu.Attend, q: Tensor, out: Tensor, lse: Tensor) -> None:
+        self._handle = handle
+        self._q = q
+        self._out = out
+        self._lse = lse
+
+    def is_done(self) -> bool:
+        return self._handle.is_done()
+
+    def wait(self) -> tuple[Tensor, Tensor]:
+        """Help until it is done: (out, lse) as `AttentionStep.attend` returns them with `return_lse`."""
+        self._handle.wait()
+        return self._out, self._lse
+
+
 class AttentionStep:
     """One tier's part in the attention of one forward pass: built once, then `store` and `attend` for each layer.
 
@@ -257,6 +312,29 @@ class AttentionStep:
             soft_cap,
         )
         return out if lse is None else (out, lse)
+
+    def submit(self, layer: int, q: Tensor, *, sliding_window: int = 0, soft_cap: float = 0.0) -> Ticket:
+        """Begin `attend(.., return_lse=True)`. The pool's threads work on it while the caller goes on, except the one
+        of the CPU that the caller runs on; `Ticket.wait` gives the result. Several may be in flight.
+
+        Args:
+            q: [tokens, num_heads, head_dim]; rows may be apart. Not to be changed before the result is there.
+        """
+        q_stride = self._row_stride(q, self._q_shape)
+        out = torch.empty(self._q_shape, dtype=torch.float32)
+        lse = torch.empty(self._q_shape[:2], dtype=torch.float32)
+        handle = self._handle.submit(
+            layer,
+            q.data_ptr(),
+            q_stride,
+            out.data_ptr(),
+            self._q_shape[1] * self._q_shape[2],
+            True,
+            lse.data_ptr(),
+            sliding_window,
+            soft_cap,
+        )
+        return Ticket(handle, q, out, lse)
 
     def _row_stride(self, rows: Tensor, shape: tuple[int, int, int], dtype: torch.dtype | None = None) -> int:
         row, head, dim = rows.stride() if rows.dim() == 3 else (0, 0, 0)

@@ -174,3 +174,51 @@ def silu_and_mul(gate_up: Tensor, *, out: Tensor | None = None, pool: AttentionP
         threads, rows, double // 2, gate_up.data_ptr(), gate_up.stride(0), out.data_ptr(), out.stride(0)
     )
     return out
+
+
+def merge(
+    out_a: Tensor,
+    lse_a: Tensor,
+    out_b: Tensor,
+    lse_b: Tensor,
+    *,
+    out: Tensor,
+    lse: Tensor | None = None,
+    pool: AttentionPool | None = None,
+) -> Tensor:
+    """Combine two partial attentions over disjoint sets of keys into one, exactly, rounded once to out's dtype.
+
+    Args:
+        out_a, out_b: [tokens, heads, head_dim], float32, contiguous; each already divided by its own sum.
+        lse_a, lse_b: [tokens, heads], float32, contiguous, natural log; -inf marks a half that saw no keys.
+        out: [tokens, heads, head_dim], contiguous.
+        lse: [tokens, heads], float32, contiguous, to be filled with that of the union.
+
+    Returns:
+        out. Both halves empty gives out = 0, lse = -inf, never NaN.
+    """
+    shape = tuple(out_a.shape)
+    kernels, threads = _kernels(out.dtype, pool)
+    for name, x, expected, dtype in (
+        ("out_a", out_a, shape, torch.float32),
+        ("out_b", out_b, shape, torch.float32),
+        ("lse_a", lse_a, shape[:-1], torch.float32),
+        ("lse_b", lse_b, shape[:-1], torch.float32),
+        ("out", out, shape, out.dtype),
+        ("lse", lse_a if lse is None else lse, shape[:-1], torch.float32),
+    ):
+        _check(name, x, expected, dtype)
+        if not x.is_contiguous():
+            raise ValueError(f"{name} must be contiguous, got strides {x.stride()}")
+    kernels.merge(
+        threads,
+        lse_a.numel(),
+        shape[-1],
+        out_a.data_ptr(),
+        lse_a.data_ptr(),
+        out_b.data_ptr(),
+        lse_b.data_ptr(),
+        out.data_ptr(),
+        0 if lse is None else lse.data_ptr(),
+    )
+    return out

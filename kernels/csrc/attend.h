@@ -80,6 +80,10 @@ struct RowsTask {  // one of the small row-wise operations; rows [begin, end)
   int32_t head_dim;
   const float* cos;  // [rows, n]   n = half of the rotated dims
   const float* sin;
+  // merge only
+  const float* parts[2];     // [rows, n]
+  const float* part_lse[2];  // [rows]  natural log
+  float* lse;                // [rows]  or null
 };
 
 using RowsFn = void (*)(const RowsTask& task, int64_t begin, int64_t end);
@@ -90,6 +94,7 @@ struct Kernels {
   RowsFn rms_norm[kNumDtypes];
   RowsFn rotary[kNumDtypes];
   RowsFn silu_and_mul[kNumDtypes];
+  RowsFn merge[kNumDtypes];
 };
 
 }  // namespace hybridgen

@@ -106,6 +106,7 @@ struct FloatOps {
   }
   template <int R>
   static void score_group(const Query* q, const Packed* packed, int head_dim, float* scores) {
+    if constexpr (sizeof(T) == 2) head_dim = (head_dim + 7) / 8 * 8;  // even and odd ones of the last eight
     for (int half = 0; half < 2; ++half) {
       __m256 acc[R][4];
 #pragma GCC unroll 4
@@ -231,6 +232,7 @@ extern const Kernels kAvx2Kernels = {
     {rms_norm<float>, rms_norm<BFloat16>, rms_norm<Float16>},
     {rotary<float>, rotary<BFloat16>, rotary<Float16>},
     {silu_and_mul<float>, silu_and_mul<BFloat16>, silu_and_mul<Float16>},
+    {merge<float>, merge<BFloat16>, merge<Float16>},
 };
 
 }  // namespace hybridgen

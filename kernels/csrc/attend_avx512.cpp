@@ -48,6 +48,7 @@ struct FloatOps : Avx512Base {
   }
   template <int R>
   static void score_group(const Query* q, const Packed* packed, int head_dim, float* scores) {
+    if constexpr (sizeof(T) == 2) head_dim = (head_dim + 7) / 8 * 8;  // even and odd ones of the last eight
     __m512 acc[R][4];
 #pragma GCC unroll 16
     for (int r = 0; r < R; ++r) {
@@ -130,6 +131,7 @@ extern const Kernels kAvx512Kernels = {
     {rms_norm<float>, rms_norm<BFloat16>, rms_norm<Float16>},
     {rotary<float>, rotary<BFloat16>, rotary<Float16>},
     {silu_and_mul<float>, silu_and_mul<BFloat16>, silu_and_mul<Float16>},
+    {merge<float>, merge<BFloat16>, merge<Float16>},
 };
 
 }  // namespace hybridgen

@@ -119,6 +119,7 @@ extern const Kernels kScalarKernels = {
     {rms_norm<float>, rms_norm<BFloat16>, rms_norm<Float16>},
     {rotary<float>, rotary<BFloat16>, rotary<Float16>},
     {silu_and_mul<float>, silu_and_mul<BFloat16>, silu_and_mul<Float16>},
+    {merge<float>, merge<BFloat16>, merge<Float16>},
 };
 
 }  // namespace hybridgen

@@ -2,14 +2,15 @@
 
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/string.h>
+#include <nanobind/stl/unique_ptr.h>
 #include <nanobind/stl/vector.h>
 
-#include <mutex>
 #include <stdexcept>
 
 #include "bind_mass.h"
 #include "bind_pool.h"
 #include "isa.h"
+#include "page_copy.h"
 #include "pool.h"
 #include "step.h"
 
@@ -42,7 +43,6 @@ void run_rows(Pool* pool, RowsFn fn, const RowsTask& task, int64_t rows, int64_t
     int64_t rows;
   };
   const Call call{fn, task, rows};
-  std::lock_guard<std::mutex> lock(pool->mutex);
   pool->run(
       static_cast<int32_t>((rows + kRowsPerItem - 1) / kRowsPerItem),
       [](const void* context, int32_t item, std::byte*) {
@@ -99,6 +99,19 @@ struct Rows {  // the row-wise operations of one ISA and dtype
     run_rows(pool, kernels.silu_and_mul[dtype], task, rows, 3 * n * bytes);
   }
 
+  void merge(Pool* pool, int64_t rows, int64_t n, uintptr_t out_a, uintptr_t lse_a, uintptr_t out_b, uintptr_t lse_b,
+             uintptr_t out, uintptr_t lse) const {
+    RowsTask task{};
+    task.parts[0] = pointer<float>(out_a);
+    task.parts[1] = pointer<float>(out_b);
+    task.part_lse[0] = pointer<float>(lse_a);
+    task.part_lse[1] = pointer<float>(lse_b);
+    task.out = pointer<void>(out);
+    task.lse = pointer<float>(lse);
+    task.n = n;
+    run_rows(pool, kernels.merge[dtype], task, rows, n * (8 + bytes));
+  }
+
   const Kernels& kernels;
   int dtype;
   int64_t bytes;
@@ -139,10 +152,32 @@ NB_MODULE(_cpu, m) {
           "attend",
           [](Step& self, int32_t layer, uintptr_t q, int64_t q_stride, uintptr_t out, int64_t out_stride,
              bool out_float32, uintptr_t lse, int32_t sliding_window, float soft_cap) {
-            self.attend(layer, pointer<std::byte>(q), q_stride, pointer<std::byte>(out), out_stride, out_float32,
-                        pointer<float>(lse), sliding_window, soft_cap);
+            self.attend({layer, pointer<std::byte>(q), q_stride, pointer<std::byte>(out), out_stride, out_float32,
+                         pointer<float>(lse), sliding_window, soft_cap});
           },
-          nb::call_guard<nb::gil_scoped_release>());
+          nb::call_guard<nb::gil_scoped_release>())
+      .def(
+          "submit",
+          [](Step& self, int32_t layer, uintptr_t q, int64_t q_stride, uintptr_t out, int64_t out_stride,
+             bool out_float32, uintptr_t lse, int32_t sliding_window, float soft_cap) {
+            return self.submit({layer, pointer<std::byte>(q), q_stride, pointer<std::byte>(out), out_stride,
+                                out_float32, pointer<float>(lse), sliding_window, soft_cap});
+          },
+          nb::keep_alive<0, 1>(), nb::call_guard<nb::gil_scoped_release>());
+
+  nb::class_<Step::Attend>(m, "Attend")
+      .def("wait", &Step::Attend::wait, nb::call_guard<nb::gil_scoped_release>())
+      .def("is_done", &Step::Attend::is_done);
+
+  m.def(
+      "copy_pages",
+      [](Pool& pool, uintptr_t source_k, uintptr_t source_v, uintptr_t target_k, uintptr_t target_v,
+         const std::vector<int32_t>& sources, const std::vector<int32_t>& targets, int64_t half_bytes) {
+        PageCopy copy(pool, {pointer<std::byte>(source_k), pointer<std::byte>(source_v)},
+                      {pointer<std::byte>(target_k), pointer<std::byte>(target_v)}, sources, targets, half_bytes);
+        pool.run(copy);
+      },
+      nb::call_guard<nb::gil_scoped_release>());
 
   nb::class_<Rows>(m, "Rows")
       .def(nb::init<const std::string&, const std::string&>(), nb::arg("isa"), nb::arg("dtype"))
@@ -152,6 +187,8 @@ NB_MODULE(_cpu, m) {
       .def("rotary", &Rows::rotary, nb::arg("pool").none(), nb::arg("rows"), nb::arg("half"), nb::arg("q"),
            nb::arg("q_stride"), nb::arg("num_heads"), nb::arg("k"), nb::arg("k_stride"), nb::arg("num_kv_heads"),
            nb::arg("head_dim"), nb::arg("cos"), nb::arg("sin"), nb::call_guard<nb::gil_scoped_release>())
+      .def("merge", &Rows::merge, nb::arg("pool").none(), nb::arg("rows"), nb::arg("n"), nb::arg("out_a"), nb::arg("lse_a"),
+           nb::arg("out_b"), nb::arg("lse_b"), nb::arg("out"), nb::arg("lse"), nb::call_guard<nb::gil_scoped_release>())
       .def("silu_and_mul", &Rows::silu_and_mul, nb::arg("pool").none(), nb::arg("rows"), nb::arg("n"), nb::arg("x"),
            nb::arg("x_stride"), nb::arg("out"), nb::arg("out_stride"), nb::call_guard<nb::gil_scoped_release>());
 }

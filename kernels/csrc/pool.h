@@ -8,32 +8,14 @@
 #include <cstdint>
 #include <memory>
 #include <mutex>
-#include <new>
 #include <thread>
 #include <vector>
 
 #include "attend.h"
+#include "buffers.h"
 #include "stats.h"
 
 namespace hybridgen {
-
-class Buffer {  // grows and stays; not zeroed, so that who works on it touches it first; 64-byte aligned
- public:
-  std::byte* data() const { return bytes_.get(); }
-  void reserve(int64_t size) {
-    if (size <= size_) return;
-    bytes_.reset(static_cast<std::byte*>(::operator new(static_cast<size_t>(size), kAlignment)));
-    size_ = size;
-  }
-
- private:
-  static constexpr std::align_val_t kAlignment{64};
-  struct Delete {
-    void operator()(std::byte* bytes) const { ::operator delete(bytes, kAlignment); }
-  };
-  std::unique_ptr<std::byte, Delete> bytes_;
-  int64_t size_ = 0;
-};
 
 class alignas(64) Worker {  // a thread that works on a job: one of the pool's, or a caller
  public:
@@ -136,7 +118,7 @@ class Pool {
 
   void run(Job& job, bool alone = false) { wait(enqueue(job, alone, true)); }
 
-  // A job of one phase from a function; items are begun last first. Callers that share `partials` hold `mutex`.
+  // A job of one phase from a function; items are begun last first.
   using Run = void (*)(const void* context, int32_t item, std::byte* scratch);
   void run(int32_t num_items, Run run, const void* context, int64_t scratch_bytes, bool alone);
 
@@ -157,8 +139,7 @@ class Pool {
   int32_t num_groups() const { return num_groups_; }
   const Kernels& kernels() const { return kernels_; }
 
-  std::mutex mutex;
-  Buffer partials;  // shared by the items of a job
+  Buffers buffers;  // for jobs whose items share memory
 
  private:
   static constexpr int32_t kMaxCallers = 4;  // that help at once; further ones wait for their turn

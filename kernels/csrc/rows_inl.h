@@ -95,3 +95,25 @@ void silu_and_mul(const RowsTask& task, int64_t begin, int64_t end) {
     }
   }
 }
+
+// Two partial attentions over disjoint keys into one: out = (a e^(lse_a - L) + b e^(lse_b - L)), L = log(e^lse_a + e^lse_b).
+template <class T>
+void merge(const RowsTask& task, int64_t begin, int64_t end) {
+  const int64_t n = task.n;
+  for (int64_t row = begin; row < end; ++row) {
+    const float lse_a = task.part_lse[0][row];
+    const float lse_b = task.part_lse[1][row];
+    // The larger part weighs exactly 1. With both empty, or one infinite, the shift would give NaN: see reference.py.
+    const float larger = lse_a > lse_b ? lse_a : lse_b;
+    const float shift = larger - larger == 0.0f ? larger : 0.0f;
+    const float weight_a = __builtin_expf(lse_a - shift);
+    const float weight_b = __builtin_expf(lse_b - shift);
+    const float total = weight_a + weight_b;
+    const float inverse = total == 0.0f ? 0.0f : 1.0f / total;
+    if (task.lse != nullptr) task.lse[row] = shift + __builtin_logf(total);
+    const float* a = task.parts[0] + row * n;
+    const float* b = task.parts[1] + row * n;
+    T* out = static_cast<T*>(task.out) + row * n;
+    for (int64_t i = 0; i < n; ++i) out[i] = from_float<T>(a[i] * (weight_a * inverse) + b[i] * (weight_b * inverse));
+  }
+}

@@ -2,7 +2,7 @@
 
 #include <algorithm>
 #include <cstring>
-#include <mutex>
+#include <new>
 #include <stdexcept>
 #include <string>
 
@@ -137,7 +137,6 @@ void Step::store(int32_t layer, const std::byte* k, int64_t k_stride, const std:
   const Call call{*this, layer, k, k_stride, v, v_stride, static_cast<int32_t>(slots_.size())};
   const int64_t bytes =
       int64_t{2} * call.num_tokens * layout_.num_kv_heads * layout_.head_dim * dtype_bytes(layout_.dtype);
-  std::lock_guard<std::mutex> lock(pool_.mutex);
   pool_.run(
       ceil_div(call.num_tokens, kStoreTokens),
       [](const void* context, int32_t item, std::byte*) {
@@ -148,7 +147,12 @@ void Step::store(int32_t layer, const std::byte* k, int64_t k_stride, const std:
       &call, 0, bytes < (int64_t{128} << 10));
 }
 
-const Step::Plan& Step::plan(int32_t sliding_window) {
+const Step::Plan& Step::plan(const Queries& queries) {
+  check_layer(queries.layer);
+  const int32_t sliding_window = queries.sliding_window;
+  if (sliding_window < 0) throw std::invalid_argument("sliding_window must not be negative");
+  if (!(queries.soft_cap >= 0.0f)) throw std::invalid_argument("soft_cap must not be negative");
+  std::lock_guard<std::mutex> lock(plans_mutex_);
   for (const auto& plan : plans_) {
     if (plan->sliding_window == sliding_window) return *plan;
   }
@@ -207,103 +211,106 @@ const Step::Plan& Step::plan(int32_t sliding_window) {
       const double flops = 4.0 * keys * layout_.head_dim * rows;
       const double cost = bytes / kBytesPerSecond + flops / kFlopsPerSecond;
       seconds += cost * layout_.num_kv_heads;
-      plan->items.push_back({static_cast<int32_t>(i), block, block_end, static_cast<float>(cost)});
+      plan->items.push_back({static_cast<int32_t>(i), block, block_end, static_cast<float>(cost), static_cast<int64_t>(bytes)});
     }
   }
   std::stable_sort(plan->items.begin(), plan->items.end(),
-                   [](const Item& a, const Item& b) { return a.cost < b.cost; });
+                   [](const Item& a, const Item& b) { return a.cost > b.cost; });
   plan->alone = seconds < kAloneSeconds;
   plan->partial_floats = floats;
   plan->scratch_bytes = attend_scratch_bytes(most_rows, layout_.head_dim);
-  const size_t num_pending = plan->tiles.size() * layout_.num_kv_heads;
-  plan->pending = std::make_unique<std::atomic<int32_t>[]>(num_pending);
-  for (size_t i = 0; i < num_pending; ++i) plan->pending[i] = plan->tiles[i / layout_.num_kv_heads].pending;
   plans_.push_back(std::move(plan));
   return *plans_.back();
 }
 
-struct Step::Call {
-  const Step& step;
-  const Plan& plan;
-  int32_t layer;
-  const std::byte* q;
-  int64_t q_stride;
-  std::byte* out;
-  int64_t out_stride;
-  bool out_float32;
-  float* lse;
-  float soft_cap;
-};
+Step::Attend::Attend(const Step& step, const Plan& plan, const Queries& queries)
+    : step_(step), plan_(plan), queries_(queries), buffer_(step.pool_.buffers.take()) {
+  const int64_t num_pending = static_cast<int64_t>(plan.tiles.size()) * step.layout_.num_kv_heads;
+  buffer_.reserve(plan.partial_floats * 4 + num_pending * static_cast<int64_t>(sizeof(std::atomic<int32_t>)));
+  partials_ = reinterpret_cast<float*>(buffer_.data());
+  pending_ = reinterpret_cast<std::atomic<int32_t>*>(buffer_.data() + plan.partial_floats * 4);
+  for (int64_t i = 0; i < num_pending; ++i) {
+    new (pending_ + i) std::atomic<int32_t>(plan.tiles[static_cast<size_t>(i / step.layout_.num_kv_heads)].pending);
+  }
+}
 
-void Step::run_item(const Call& call, int32_t index, std::byte* scratch) const {
-  const int32_t num_kv_heads = layout_.num_kv_heads;
-  const int32_t group = num_heads_ / num_kv_heads;
-  const Item& item = call.plan.items[index / num_kv_heads];
-  const Tile& tile = call.plan.tiles[item.tile];
+Step::Attend::~Attend() {
+  wait();
+  step_.pool_.buffers.give(std::move(buffer_));
+}
+
+// Items are dealt out to the groups in turn, so that each has as many dear ones.
+void Step::Attend::begin_phase(int32_t phase, int32_t* num_items) {
+  const int32_t num_groups = step_.pool_.num_groups();
+  const auto total = phase == 0 ? static_cast<int32_t>(plan_.items.size()) * step_.layout_.num_kv_heads : 0;
+  for (int32_t i = 0; i < num_groups; ++i) num_items[i] = (total + num_groups - 1 - i) / num_groups;
+}
+
+void Step::Attend::run_item(int32_t, int32_t group_index, int32_t item_index, Worker& worker) {
+  const Layout& layout = step_.layout_;
+  const int32_t num_kv_heads = layout.num_kv_heads;
+  const int32_t group = step_.num_heads_ / num_kv_heads;
+  const int32_t index = item_index * step_.pool_.num_groups() + group_index;
+  const Item& item = plan_.items[index / num_kv_heads];
+  const Tile& tile = plan_.tiles[item.tile];
   const int32_t head = index % num_kv_heads;
-  const int64_t bytes = dtype_bytes(layout_.dtype);
-  const int64_t offset = (int64_t{call.layer} * num_kv_heads + head) * layout_.head_elements() * bytes;
-  const int64_t query_offset = int64_t{head} * group * layout_.head_dim;
-  const int64_t out_bytes = call.out_float32 ? 4 : bytes;
+  const int64_t bytes = dtype_bytes(layout.dtype);
+  const int64_t offset = (int64_t{queries_.layer} * num_kv_heads + head) * layout.head_elements() * bytes;
+  const int64_t query_offset = int64_t{head} * group * layout.head_dim;
+  const int64_t out_bytes = queries_.out_float32 ? 4 : bytes;
 
   AttendTask task{};
-  task.k = k_pages_ + offset;
-  task.v = v_pages_ + offset;
-  task.page_stride = layout_.page_elements();
-  task.pages = pages_.data() + pages_begin_[tile.seq];
-  task.num_keys = static_cast<int32_t>(pages_begin_[tile.seq + 1] - pages_begin_[tile.seq]) * layout_.page_size;
-  task.page_size = layout_.page_size;
-  task.head_dim = layout_.head_dim;
+  task.k = step_.k_pages_ + offset;
+  task.v = step_.v_pages_ + offset;
+  task.page_stride = layout.page_elements();
+  task.pages = step_.pages_.data() + step_.pages_begin_[tile.seq];
+  task.num_keys = static_cast<int32_t>(step_.pages_begin_[tile.seq + 1] - step_.pages_begin_[tile.seq]) * layout.page_size;
+  task.page_size = layout.page_size;
+  task.head_dim = layout.head_dim;
   task.num_queries = tile.num_queries;
   task.group = group;
-  task.begin = call.plan.begin.data() + tile.query;
-  task.end = key_end_.data() + tile.query;
-  task.scale = scale_;
-  task.soft_cap = call.soft_cap;
-  task.q = call.q + (tile.query * call.q_stride + query_offset) * bytes;
-  task.q_stride = call.q_stride;
+  task.begin = plan_.begin.data() + tile.query;
+  task.end = step_.key_end_.data() + tile.query;
+  task.scale = step_.scale_;
+  task.soft_cap = queries_.soft_cap;
+  task.q = queries_.q + (tile.query * queries_.q_stride + query_offset) * bytes;
+  task.q_stride = queries_.q_stride;
   task.block_begin = item.block_begin;
   task.block_end = item.block_end;
-  task.out = call.out + (tile.query * call.out_stride + query_offset) * out_bytes;
-  task.out_stride = call.out_stride;
-  task.out_float32 = call.out_float32;
-  task.lse = call.lse == nullptr ? nullptr : call.lse + int64_t{tile.query} * num_heads_ + head * group;
-  task.lse_stride = num_heads_;
-  const auto dtype = static_cast<int>(layout_.dtype);
+  task.out = queries_.out + (tile.query * queries_.out_stride + query_offset) * out_bytes;
+  task.out_stride = queries_.out_stride;
+  task.out_float32 = queries_.out_float32;
+  task.lse = queries_.lse == nullptr ? nullptr : queries_.lse + int64_t{tile.query} * step_.num_heads_ + head * group;
+  task.lse_stride = step_.num_heads_;
+  worker.count_bytes(queries_.layer, item.bytes);
+  const auto dtype = static_cast<int>(layout.dtype);
   if (tile.partial < 0) {
-    pool_.kernels().attend[dtype](task, scratch);
+    step_.pool_.kernels().attend[dtype](task, worker.scratch());
     return;
   }
   const int64_t tile_floats =
-      partial_floats(int64_t{tile.num_queries} * group, layout_.head_dim) * (tile.block_end - tile.block_begin);
-  task.partial = reinterpret_cast<float*>(pool_.partials.data()) + tile.partial + head * tile_floats;
+      partial_floats(int64_t{tile.num_queries} * group, layout.head_dim) * (tile.block_end - tile.block_begin);
+  task.partial = partials_ + tile.partial + head * tile_floats;
   task.partial_begin = tile.block_begin;
-  pool_.kernels().attend[dtype](task, scratch);
-  // Whoever finishes a tile's last block merges its blocks, in their order; then the count stands for the next layer.
-  std::atomic<int32_t>& pending = call.plan.pending[int64_t{item.tile} * num_kv_heads + head];
-  if (pending.fetch_sub(1, std::memory_order_acq_rel) != 1) return;
-  pending.store(tile.pending, std::memory_order_relaxed);
+  step_.pool_.kernels().attend[dtype](task, worker.scratch());
+  // Whoever finishes a tile's last block merges its blocks, in their order.
+  if (pending_[int64_t{item.tile} * num_kv_heads + head].fetch_sub(1, std::memory_order_acq_rel) != 1) return;
   task.block_begin = tile.block_begin;
   task.block_end = tile.block_end;
-  pool_.kernels().fold[dtype](task, scratch);
+  step_.pool_.kernels().fold[dtype](task, worker.scratch());
 }
 
-void Step::attend(int32_t layer, const std::byte* q, int64_t q_stride, std::byte* out, int64_t out_stride,
-                  bool out_float32, float* lse, int32_t sliding_window, float soft_cap) {
-  check_layer(layer);
-  if (sliding_window < 0) throw std::invalid_argument("sliding_window must not be negative");
-  if (!(soft_cap >= 0.0f)) throw std::invalid_argument("soft_cap must not be negative");
-  std::lock_guard<std::mutex> lock(pool_.mutex);
-  const Plan& plan = this->plan(sliding_window);
-  pool_.partials.reserve(plan.partial_floats * 4);
-  const Call call{*this, plan, layer, q, q_stride, out, out_stride, out_float32, lse, soft_cap};
-  pool_.run(
-      static_cast<int32_t>(plan.items.size()) * layout_.num_kv_heads,
-      [](const void* context, int32_t item, std::byte* scratch) {
-        const Call& c = *static_cast<const Call*>(context);
-        c.step.run_item(c, item, scratch);
-      },
-      &call, plan.scratch_bytes, plan.alone);
+void Step::attend(const Queries& queries) {
+  const Plan& plan = this->plan(queries);
+  Attend job(*this, plan, queries);
+  pool_.run(job, plan.alone);
+}
+
+std::unique_ptr<Step::Attend> Step::submit(const Queries& queries) {
+  const Plan& plan = this->plan(queries);
+  auto job = std::make_unique<Attend>(*this, plan, queries);
+  job->ticket_ = pool_.submit(*job, plan.alone);
+  return job;
 }
 
 }  // namespace hybridgen

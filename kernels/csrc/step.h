@@ -4,6 +4,7 @@
 #include <atomic>
 #include <cstdint>
 #include <memory>
+#include <mutex>
 #include <vector>
 
 #include "attend.h"
@@ -35,9 +36,22 @@ class Step {
   // k, v: [tokens, num_kv_heads, head_dim] with `stride` elements between tokens.
   void store(int32_t layer, const std::byte* k, int64_t k_stride, const std::byte* v, int64_t v_stride);
 
-  // q, out: [tokens, num_heads, head_dim]; lse: [tokens, num_heads] or null.
-  void attend(int32_t layer, const std::byte* q, int64_t q_stride, std::byte* out, int64_t out_stride, bool out_float32,
-              float* lse, int32_t sliding_window, float soft_cap);
+  struct Queries {  // of one layer, and where their result goes; q and out: [tokens, num_heads, head_dim]
+    int32_t layer;
+    const std::byte* q;
+    int64_t q_stride;  // elements between tokens
+    std::byte* out;
+    int64_t out_stride;
+    bool out_float32;
+    float* lse;  // [tokens, num_heads]  natural log; or null
+    int32_t sliding_window;
+    float soft_cap;
+  };
+  class Attend;
+
+  void attend(const Queries& queries);
+  // Returns at once. The step and everything that `queries` points to must outlive the result.
+  std::unique_ptr<Attend> submit(const Queries& queries);
 
  private:
   struct Tile {  // consecutive queries of one sequence
@@ -54,22 +68,19 @@ class Step {
     int32_t block_begin;
     int32_t block_end;
     float cost;
+    int64_t bytes;  // of keys and values, read once for all rows of the tile
   };
   struct Plan {  // how a layer's work is shared out; layers differ by their sliding window alone
     int32_t sliding_window;
     std::vector<int32_t> begin;  // [tokens]  a query sees keys [begin, key_end_)
     std::vector<Tile> tiles;
-    std::vector<Item> items;  // cheapest first: the pool takes them from the back
-    std::unique_ptr<std::atomic<int32_t>[]> pending;  // [tiles, num_kv_heads]  items still to finish
+    std::vector<Item> items;  // dearest first
     int64_t partial_floats;
     int64_t scratch_bytes;
     bool alone;
   };
-  struct Call;
-
   int32_t key_at(int32_t seq, int32_t position) const;
-  const Plan& plan(int32_t sliding_window);
-  void run_item(const Call& call, int32_t index, std::byte* scratch) const;
+  const Plan& plan(const Queries& queries);
   void store_tokens(int32_t layer, const std::byte* k, int64_t k_stride, const std::byte* v, int64_t v_stride,
                     int32_t begin, int32_t end) const;
   void check_layer(int32_t layer) const;
@@ -89,7 +100,33 @@ class Step {
   std::vector<int32_t> before_;       // for each entry of its block table and one more: pages of this tier before it
   std::vector<int32_t> key_end_;      // [tokens]  keys at the query's own and earlier positions
   std::vector<int64_t> slots_;        // [tokens]  page * page_size + offset; -1: the token is not on this tier
+  std::mutex plans_mutex_;  // between callers of submit
   std::vector<std::unique_ptr<Plan>> plans_;
+};
+
+class Step::Attend final : public Job {  // one layer's attention in flight
+ public:
+  Attend(const Step& step, const Plan& plan, const Queries& queries);
+  ~Attend() override;
+  void wait() noexcept { step_.pool_.wait(ticket_); }
+  bool is_done() const { return step_.pool_.is_done(ticket_); }
+
+  void begin_phase(int32_t phase, int32_t* num_items) override;
+  void run_item(int32_t phase, int32_t group, int32_t item, Worker& worker) override;
+  int64_t scratch_bytes() const override { return plan_.scratch_bytes; }
+  int32_t layer() const override { return queries_.layer; }
+  const char* name() const override { return "attend"; }
+
+ private:
+  friend class Step;
+
+  const Step& step_;
+  const Plan& plan_;
+  const Queries queries_;
+  Buffer buffer_;
+  float* partials_;                // [plan.partial_floats]
+  std::atomic<int32_t>* pending_;  // [tiles, num_kv_heads]  items still to finish
+  Ticket ticket_;
 };
 
 }  // namespace hybridgen

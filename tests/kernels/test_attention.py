@@ -15,7 +15,14 @@ import torch
 from torch import Tensor
 
 from hybridgen.kernels import reference
-from hybridgen.kernels.attention import AttentionPool, AttentionStep, KVLayout, KVPages, allocate_pages
+from hybridgen.kernels.attention import (
+    AttentionPool,
+    AttentionStep,
+    KVLayout,
+    KVPages,
+    allocate_pages,
+    copy_pages,
+)
 from hybridgen.kernels.isa import supported_isas
 from tests.kernels.paged import Batch
 
@@ -268,6 +275,36 @@ def test_the_chunks_of_a_prompt_do_not_change_a_bit(
             kv_len=[470 + end], block_table=whole.block_table, num_heads=6, scale=whole.scale,
         )  # fmt: skip
         assert torch.equal(step.attend(0, whole.q[begin:end], sliding_window=sliding_window), out[begin:end])
+
+
+def test_several_submitted_attentions_give_what_attend_gives(pool: AttentionPool) -> None:
+    batch = Batch(KVLayout(2, 2, 64, 32, torch.bfloat16), lens=((1600, 1), (70, 30), (0, 1)), group=3)
+    step = batch.step(pool)
+    expected = {
+        (layer, window): step.attend(layer, batch.q, sliding_window=window, return_lse=True)
+        for layer in (0, 1)
+        for window in (0, 40)
+    }
+    tickets = {key: step.submit(key[0], batch.q, sliding_window=key[1]) for key in expected}
+    step.submit(0, batch.q)  # dropped at once
+    for key, ticket in reversed(tickets.items()):
+        out, lse = ticket.wait()
+        assert ticket.is_done()
+        assert torch.equal(out.nan_to_num(7), expected[key][0].nan_to_num(7))
+        assert torch.equal(lse.nan_to_num(7), expected[key][1].nan_to_num(7))
+
+
+def test_pages_move_between_tiers(pool: AttentionPool, dtype: torch.dtype) -> None:
+    layout = KVLayout(2, 2, 8, 16, dtype)
+    source, target = allocate_pages(layout, 5), allocate_pages(layout, 3)
+    source.k.normal_()
+    source.v.normal_()
+    copy_pages(pool, source, [4, 1], target, [0, 2])
+    assert torch.equal(target.k[[0, 2]], source.k[[4, 1]])
+    assert torch.equal(target.v[[0, 2]], source.v[[4, 1]])
+    assert not target.k[1].any()
+    with pytest.raises(ValueError, match=r"page 3 is not in \[0, 3\)"):
+        copy_pages(pool, source, [0], target, [3])
 
 
 @pytest.mark.parametrize("isa", [isa for isa in supported_isas() if isa != "scalar"])

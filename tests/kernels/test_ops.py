@@ -4,6 +4,8 @@ Equal up to a unit in the last place for each rounding: a float32 intermediate m
 so round to the neighbour.
 """
 
+import math
+
 import pytest
 import torch
 from torch import Tensor
@@ -106,3 +108,18 @@ def test_operands_that_do_not_fit_are_refused() -> None:
         ops.rotary_(x.view(3, 1, 8), x.view(3, 1, 8), torch.ones(3, 5), torch.ones(3, 5))
     with pytest.raises(ValueError, match="sin"):
         ops.rotary_(x.view(3, 1, 8), x.view(3, 1, 8), torch.ones(3, 4), torch.ones(2, 4))
+
+
+@pytest.mark.parametrize(
+    "lse", [(0.0, 0.0), (3.0, -5.0), (-1e4, 1e4), (-math.inf, 2.0), (-math.inf, -math.inf)]
+)
+def test_merge_matches_the_reference(
+    pool: AttentionPool, dtype: torch.dtype, lse: tuple[float, float]
+) -> None:
+    parts = [torch.randn(5, 3, 24) * (size > -math.inf) for size in lse]
+    sizes = [torch.randn(5, 3) + size for size in lse]
+    out, total = torch.empty(5, 3, 24, dtype=dtype), torch.empty(5, 3)
+    ops.merge(parts[0], sizes[0], parts[1], sizes[1], out=out, lse=total, pool=pool)
+    expected, expected_lse = reference.merge(parts[0], sizes[0], parts[1], sizes[1])
+    torch.testing.assert_close(out, expected.to(dtype))
+    torch.testing.assert_close(total, expected_lse)
