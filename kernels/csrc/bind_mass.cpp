@@ -51,7 +51,6 @@ struct IndexPages {  // a tier's K, V and index, page first
     };
     const Call call{*this, find_index_kernels(isa), pointer<std::byte>(k), pointer<std::byte>(v), pages};
     const int64_t bytes = int64_t{2} * page_size * head_dim * num_heads * dtype_bytes(dtype);
-    const std::lock_guard<std::mutex> lock(pool.mutex);
     pool.run(
         static_cast<int32_t>(pages.size()),
         [](const void* context, int32_t item, std::byte*) {
