@@ -22,17 +22,17 @@ class HashChain:
 
     def digest(self, index: int, tokens: "array[int]") -> bytes:
         """The digest of full page `index`; `tokens` is the whole sequence."""
-        digests, page_size = self._digests, self._page_size
-        while len(digests) <= index:
-            begin = len(digests) * page_size
+        known, page_size = self._digests, self._page_size
+        while len(known) <= index:
+            begin = len(known) * page_size
             page_tokens = tokens[begin : begin + page_size]
-            assert len(page_tokens) == page_size, f"page {len(digests)} has {len(page_tokens)} tokens"
-            parent = digests[-1] if digests else self._root
+            assert len(page_tokens) == page_size, f"page {len(known)} has {len(page_tokens)} tokens"
+            parent = known[-1] if known else self._root
             content = parent + page_tokens.tobytes()
-            digests.append(blake2b(content, digest_size=DIGEST_BYTES, person=b"page").digest())
-        return digests[index]
+            known.append(blake2b(content, digest_size=DIGEST_BYTES, person=b"page").digest())
+        return known[index]
 
-    def first(self, num_pages: int, tokens: "array[int]") -> Iterator[bytes]:
-        """The digests of pages 0..num_pages, hashing no further than the caller reads."""
-        for index in range(num_pages):
+    def digests(self, begin: int, end: int, tokens: "array[int]") -> Iterator[bytes]:
+        """The digests of pages [begin, end), hashing no further than the caller reads."""
+        for index in range(begin, end):
             yield self.digest(index, tokens)

@@ -1,6 +1,17 @@
-"""The scheduler's answer: which tokens of which sequences the next forward pass computes. Frozen data."""
+"""The scheduler's answer: which tokens of which sequences the next forward pass computes. Frozen data.
+
+Page ids are of one numbering over both tiers: device pages come first, host pages after them.
+"""
 
 from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class PageMove:
+    """Copy the page `source` to the page `target`, which lies on the other tier."""
+
+    source: int
+    target: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -16,13 +27,18 @@ class StepSequence:
     begin: int
     end: int
     block_table: tuple[int, ...]  # page ids; covers at least `end` tokens
+    num_device_pages: int  # entries of `block_table` that are device pages
     samples: bool
 
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """One forward pass. Empty `sequences` means that there is nothing to do."""
+    """One forward pass. Empty `sequences` means that there is nothing to do.
+
+    `moves` come before it, one after the other: a page may be the source of one and the target of a later one.
+    """
 
     sequences: tuple[StepSequence, ...]
-    preempted: tuple[int, ...] = ()  # keys of sequences that lost their pages to make this step possible
+    moves: tuple[PageMove, ...] = ()
+    preempted: tuple[int, ...] = ()  # keys of sequences that stopped running to make this step possible
     num_tokens: int = 0  # sum of end - begin

@@ -8,7 +8,7 @@ from hybridgen.scheduler.prefix import HashChain
 
 
 def digests(tokens: list[int], *, salt: bytes = b"", page_size: int = 2) -> list[bytes]:
-    return list(HashChain(salt, page_size).first(len(tokens) // page_size, array("I", tokens)))
+    return list(HashChain(salt, page_size).digests(0, len(tokens) // page_size, array("I", tokens)))
 
 
 def test_equal_tokens_have_equal_digests() -> None:

@@ -10,7 +10,7 @@ from hybridgen.scheduler.step import Step
 
 def make(**changes: Any) -> Scheduler:
     sizes: dict[str, Any] = {
-        "num_pages": 16,
+        "num_host_pages": 16,
         "page_size": 4,
         "max_num_seqs": 8,
         "max_num_batched_tokens": 64,
@@ -135,7 +135,7 @@ class TestRefusal:
 
     @pytest.mark.parametrize("max_total_tokens", [8, 9])
     def test_a_sequence_that_needs_more_pages_than_there_are_is_refused(self, max_total_tokens: int) -> None:
-        scheduler = make(num_pages=2)
+        scheduler = make(num_host_pages=2)
         if max_total_tokens == 8:
             scheduler.add(0, prompt(5), max_total_tokens=8)
             return
@@ -218,7 +218,7 @@ class TestPrefixReuse:
         step = scheduler.schedule()
         scheduler.finish(0)
         scheduler.commit(step, {0: 1})
-        assert (scheduler.num_free_pages, scheduler.num_cached_pages) == (16, 0)
+        assert (scheduler.pages.num_free, scheduler.pages.num_cached) == (16, 0)
 
     def test_two_sequences_that_compute_the_same_page_end_up_sharing_it(self) -> None:
         scheduler = make()
@@ -229,7 +229,7 @@ class TestPrefixReuse:
         shared = [part.block_table for part in run(scheduler).sequences]
         assert shared[0] == tables[0]
         assert shared[1] == (*tables[0][:2], tables[1][2])
-        assert scheduler.num_free_pages == 16 - 4
+        assert scheduler.pages.num_free == 16 - 4
 
     def test_salts_keep_equal_prompts_apart(self) -> None:
         scheduler = make()
@@ -247,15 +247,15 @@ class TestPrefixReuse:
     def test_with_caching_off_nothing_is_kept(self) -> None:
         scheduler = make(enable_prefix_caching=False)
         self.serve(scheduler, 0, prompt(9))
-        assert (scheduler.num_free_pages, scheduler.num_cached_pages) == (16, 0)
+        assert (scheduler.pages.num_free, scheduler.pages.num_cached) == (16, 0)
         assert spans(self.serve(scheduler, 1, prompt(9))) == {1: (0, 9)}
         assert scheduler.num_prefix_queries_total == 0
 
     def test_the_tail_of_the_oldest_prompt_is_evicted_first(self) -> None:
-        scheduler = make(num_pages=5)
+        scheduler = make(num_host_pages=5)
         self.serve(scheduler, 0, prompt(8))
         self.serve(scheduler, 1, prompt(8, start=100))
-        assert (scheduler.num_free_pages, scheduler.num_cached_pages) == (1, 4)
+        assert (scheduler.pages.num_free, scheduler.pages.num_cached) == (1, 4)
         scheduler.add(2, prompt(5, start=200), max_total_tokens=8)
         run(scheduler)
         scheduler.finish(2)
@@ -268,7 +268,7 @@ class TestPrefixReuse:
         run(scheduler)
         scheduler.finish(0, keep_pages=False)
         scheduler.check_integrity()
-        assert (scheduler.num_free_pages, scheduler.num_cached_pages) == (16, 0)
+        assert (scheduler.pages.num_free, scheduler.pages.num_cached) == (16, 0)
 
     def test_those_who_share_a_suspect_page_keep_it_but_publish_no_more(self) -> None:
         scheduler = make()
@@ -281,9 +281,9 @@ class TestPrefixReuse:
         for _ in range(4):
             run(scheduler)
         scheduler.finish(1)
-        assert scheduler.num_cached_pages == 0
+        assert scheduler.pages.num_cached == 0
         scheduler.finish(2)
-        assert scheduler.num_cached_pages == 2
+        assert scheduler.pages.num_cached == 2
 
     def test_after_a_reset_old_pages_are_not_found_and_running_sequences_publish_no_more(self) -> None:
         scheduler = make()
@@ -291,16 +291,16 @@ class TestPrefixReuse:
         scheduler.add(1, prompt(3, start=100), max_total_tokens=16)
         run(scheduler)
         scheduler.reset_prefix_cache()
-        assert scheduler.num_cached_pages == 0
+        assert scheduler.pages.num_cached == 0
         for _ in range(6):
             run(scheduler)
         scheduler.finish(1)
-        assert (scheduler.num_free_pages, scheduler.num_cached_pages) == (16, 0)
+        assert (scheduler.pages.num_free, scheduler.pages.num_cached) == (16, 0)
         assert spans(self.serve(scheduler, 2, prompt(9))) == {2: (0, 9)}
         assert spans(self.serve(scheduler, 3, prompt(9))) == {3: (8, 9)}
 
     def test_a_sequence_that_starts_over_after_a_reset_publishes_again(self) -> None:
-        scheduler = make(num_pages=6)
+        scheduler = make(num_host_pages=6)
         for key in range(3):
             scheduler.add(key, prompt(4, start=10 * key), max_total_tokens=12)
         run(scheduler)
@@ -309,10 +309,10 @@ class TestPrefixReuse:
             pass
         scheduler.finish(0)
         scheduler.finish(1)
-        assert scheduler.num_cached_pages == 0
+        assert scheduler.pages.num_cached == 0
         assert spans(run(scheduler)) == {2: (0, 9)}
         scheduler.finish(2)
-        assert scheduler.num_cached_pages == 2
+        assert scheduler.pages.num_cached == 2
 
 
 class TestAfter:
@@ -366,7 +366,7 @@ class TestAfter:
 
 class TestShortage:
     def test_the_youngest_sequence_is_preempted_when_pages_run_out(self) -> None:
-        scheduler = make(num_pages=6, page_size=4)
+        scheduler = make(num_host_pages=6, page_size=4)
         for key in range(3):
             scheduler.add(key, prompt(4, start=10 * key), max_total_tokens=12)
         assert list(spans(run(scheduler))) == [0, 1, 2]  # one page each, and one soon
@@ -379,7 +379,7 @@ class TestShortage:
         assert scheduler.num_preemptions_total == 1
 
     def test_the_lowest_priority_is_preempted_before_the_youngest(self) -> None:
-        scheduler = make(num_pages=6)
+        scheduler = make(num_host_pages=6)
         for key, priority in ((0, 1), (1, 0), (2, 0)):
             scheduler.add(key, prompt(4, start=10 * key), max_total_tokens=12, priority=priority)
         for _ in range(5):
@@ -387,7 +387,7 @@ class TestShortage:
         assert run(scheduler).preempted == (0,)
 
     def test_a_preempted_sequence_comes_back_before_later_arrivals_with_what_it_generated(self) -> None:
-        scheduler = make(num_pages=6)
+        scheduler = make(num_host_pages=6)
         for key in range(3):
             scheduler.add(key, prompt(4, start=10 * key), max_total_tokens=12)
         scheduler.add(3, prompt(4, start=90), max_total_tokens=12)
@@ -399,7 +399,7 @@ class TestShortage:
         assert scheduler.num_waiting == 1
 
     def test_a_preempted_sequence_resumes_from_its_own_pages_if_they_are_still_cached(self) -> None:
-        scheduler = make(num_pages=6)
+        scheduler = make(num_host_pages=6)
         for key in range(3):
             scheduler.add(key, prompt(4 - key % 2, start=10 * key), max_total_tokens=12, reuse_prefix=False)
         while not run(scheduler).preempted:
@@ -411,31 +411,31 @@ class TestShortage:
         assert scheduler.num_prefix_queries_total == 0
 
     def test_cached_pages_are_evicted_before_anybody_is_preempted(self) -> None:
-        scheduler = make(num_pages=4)
+        scheduler = make(num_host_pages=4)
         scheduler.add(0, prompt(8), max_total_tokens=8)
         run(scheduler)
         scheduler.finish(0)
-        assert scheduler.num_cached_pages == 2
+        assert scheduler.pages.num_cached == 2
         scheduler.add(1, prompt(8, start=50), max_total_tokens=16)
         for _ in range(8):
             assert run(scheduler).preempted == ()
-        assert scheduler.num_cached_pages == 0
+        assert scheduler.pages.num_cached == 0
 
     def test_a_prompt_is_not_admitted_into_pages_that_running_sequences_soon_need(self) -> None:
-        scheduler = make(num_pages=4)
+        scheduler = make(num_host_pages=4)
         scheduler.add(0, prompt(8), max_total_tokens=12)
         scheduler.add(1, prompt(4, start=50), max_total_tokens=8)
         assert list(spans(run(scheduler))) == [0]
         assert scheduler.num_waiting == 1
 
     def test_a_sequence_that_cannot_grow_any_more_is_owed_nothing(self) -> None:
-        scheduler = make(num_pages=4)
+        scheduler = make(num_host_pages=4)
         scheduler.add(0, prompt(7), max_total_tokens=8)
         scheduler.add(1, prompt(7, start=50), max_total_tokens=8)
         assert list(spans(run(scheduler))) == [0, 1]
 
     def test_one_that_does_not_fit_is_not_overtaken(self) -> None:
-        scheduler = make(num_pages=4)
+        scheduler = make(num_host_pages=4)
         scheduler.add(0, prompt(8), max_total_tokens=8)
         scheduler.add(1, prompt(12, start=50), max_total_tokens=12)
         scheduler.add(2, prompt(2, start=80), max_total_tokens=4)
@@ -444,7 +444,7 @@ class TestShortage:
         assert list(spans(run(scheduler))) == [1, 2]
 
     def test_the_last_in_order_waits_with_its_pages_instead_of_giving_them_up(self) -> None:
-        scheduler = make(num_pages=4)
+        scheduler = make(num_host_pages=4)
         scheduler.add(0, prompt(3), max_total_tokens=16)
         scheduler.add(1, prompt(4, start=50), max_total_tokens=16)
         for _ in range(5):
@@ -456,7 +456,7 @@ class TestShortage:
         assert spans(run(scheduler)) == {1: (8, 9)}
 
     def test_the_last_in_order_computes_the_part_of_its_chunk_that_has_pages(self) -> None:
-        scheduler = make(num_pages=8, max_num_batched_tokens=3)
+        scheduler = make(num_host_pages=8, max_num_batched_tokens=3)
         scheduler.add(0, prompt(1), max_total_tokens=20)
         scheduler.add(1, prompt(23, start=50), max_total_tokens=24)
         history = [spans(run(scheduler)) for _ in range(10)]
@@ -465,7 +465,7 @@ class TestShortage:
         assert spans(run(scheduler)) == {0: (10, 11)}
 
     def test_an_older_prompt_takes_the_pages_of_a_younger_decode(self) -> None:
-        scheduler = make(num_pages=6, max_num_batched_tokens=2)
+        scheduler = make(num_host_pages=6, max_num_batched_tokens=2)
         scheduler.add(1, prompt(1), max_total_tokens=16, priority=1)
         run(scheduler)
         scheduler.add(0, prompt(16, start=50), max_total_tokens=16)
@@ -492,7 +492,7 @@ class TestShortage:
 class TestFinish:
     @pytest.mark.parametrize("state", ["waiting", "running", "preempted"])
     def test_a_sequence_can_be_cancelled_in_every_state(self, state: str) -> None:
-        scheduler = make(num_pages=4)
+        scheduler = make(num_host_pages=4)
         for key in (0, 1):
             scheduler.add(key, prompt(4, start=10 * key), max_total_tokens=16)
         if state != "waiting":
@@ -504,7 +504,7 @@ class TestFinish:
         assert list(spans(run(scheduler))) == [0]
         scheduler.finish(0)
         scheduler.check_integrity()
-        assert scheduler.num_free_pages + scheduler.num_cached_pages == 4
+        assert scheduler.pages.num_free + scheduler.pages.num_cached == 4
 
     def test_an_unknown_sequence_is_a_key_error(self) -> None:
         scheduler = make()

@@ -1,7 +1,8 @@
 """Scheduler against a shadow of what its pages hold, through random arrivals, cancellations and shortages.
 
-The shadow writes each step's tokens into slots and reads every block table back, so a stale page, a page
-shared with the wrong sequence, or a page published too early shows up as wrong content.
+The shadow carries out each step's moves, writes its tokens into slots and reads every block table back, so a stale
+page, a move left out or made too late, a page shared with the wrong sequence, or a page published too early shows
+up as wrong content.
 """
 
 import random
@@ -13,7 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from hybridgen.scheduler.scheduler import NeverFits, Scheduler
-from hybridgen.scheduler.step import Step, StepSequence
+from hybridgen.scheduler.step import PageMove, Step, StepSequence
 
 MAX_MODEL_LEN = 48
 VOCABULARY = 3  # few tokens: prompts share prefixes by chance
@@ -34,7 +35,8 @@ class Shadow:
     priority: int
     after: int | None
     max_total_tokens: int
-    contents: list[Content] = field(default_factory=list)  # of the computed tokens, while running
+    contents: list[Content] = field(default_factory=list)  # of the computed tokens
+    block_table: tuple[int, ...] = ()  # of the last step in which it ran
     running: bool = False
     was_running: bool = False
     furthest: int = 0
@@ -48,15 +50,26 @@ class Walk:
     """Drives one scheduler and checks every step."""
 
     def __init__(
-        self, seed: int, *, num_pages: int, page_size: int, caching: bool, plain: bool = False
+        self,
+        seed: int,
+        *,
+        num_device_pages: int = 0,
+        num_host_pages: int,
+        page_size: int,
+        caching: bool,
+        num_sink_pages: int = 1,
+        plain: bool = False,
     ) -> None:
         self.rng = random.Random(seed)
         self.plain = plain  # equal priorities, nobody waits for anybody
-        self.num_pages, self.page_size, self.caching = num_pages, page_size, caching
+        self.num_pages, self.page_size, self.caching = num_device_pages + num_host_pages, page_size, caching
+        self.num_device_pages, self.num_sink_pages = num_device_pages, num_sink_pages
         self.max_num_seqs = self.rng.randint(1, 8)
         self.max_num_batched_tokens = self.rng.randint(1, 16)
         self.scheduler = Scheduler(
-            num_pages=num_pages,
+            num_device_pages=num_device_pages,
+            num_host_pages=num_host_pages,
+            num_sink_pages=num_sink_pages,
             page_size=page_size,
             max_num_seqs=self.max_num_seqs,
             max_num_batched_tokens=self.max_num_batched_tokens,
@@ -70,6 +83,10 @@ class Walk:
         self.num_steps = 0
         self.num_preempted = 0
         self.num_hits = 0
+        self.num_host_hits = 0  # of these, with pages on the host
+        self.num_resumed = 0  # preempted sequences that came back with everything computed before
+        self.num_moves = 0
+        self.num_dropped = 0
 
     def arrive(self) -> None:
         rng = self.rng
@@ -97,6 +114,8 @@ class Walk:
         )
         num_needed = -(-max_total // self.page_size)
         fits = max_total <= MAX_MODEL_LEN and num_needed <= self.num_pages
+        if 0 < self.num_device_pages < self.num_pages:
+            fits = fits and min(num_needed, self.num_sink_pages + 1) <= self.num_device_pages
         try:
             self.scheduler.add(
                 key,
@@ -142,16 +161,25 @@ class Walk:
             contents.append(previous)
         return contents
 
+    def split(self) -> None:
+        key = self.rng.choice(list(self.alive))
+        self.scheduler.set_split(key, self.rng.choice([None, 0, 1, 3, 100]))
+
     def step(self) -> None:
         num_running_before = sum(shadow.running for shadow in self.alive.values())
         step = self.scheduler.schedule()
         self.scheduler.check_integrity()
         assert bool(step.sequences) == bool(self.alive), "an empty step with sequences alive is a hang"
-        self.num_steps += 1
         self.check_preempted(step)
         self.check_budget(step, num_running_before)
         for part in step.sequences:
             self.begin_part(part)
+        if self.rng.random() < 0.05:
+            self.num_dropped += 1
+            return  # nothing of it was carried out
+        self.num_steps += 1
+        for move in step.moves:
+            self.carry_out(move)
         for part in step.sequences:  # the whole batch writes before anybody reads, as in a forward pass
             self.write(part)
         for part in step.sequences:
@@ -162,6 +190,17 @@ class Walk:
         self.scheduler.check_integrity()
         self.check_eviction_order()
 
+    def carry_out(self, move: PageMove) -> None:
+        source, target, size = move.source, move.target, self.page_size
+        assert (source < self.num_device_pages) != (target < self.num_device_pages), (
+            f"{move} is within a tier"
+        )
+        self.num_moves += 1
+        for offset in range(size):
+            self.slots.pop(target * size + offset, None)
+            if source * size + offset in self.slots:
+                self.slots[target * size + offset] = self.slots[source * size + offset]
+
     def check_preempted(self, step: Step) -> None:
         assert not set(step.preempted) & {part.key for part in step.sequences}
         self.num_preempted += len(step.preempted)
@@ -169,9 +208,9 @@ class Walk:
         for key in step.preempted:
             shadow = self.alive[key]
             assert shadow.running
-            shadow.running, shadow.contents = False, []
+            shadow.running = False
             orders = [(other.priority, k) for k, other in self.alive.items() if other.running]
-            assert all(order < (shadow.priority, key) for order in orders), "a younger one kept its pages"
+            assert all(order < (shadow.priority, key) for order in orders), "a younger one went on"
 
     def check_budget(self, step: Step, num_running_before: int) -> None:
         assert step.num_tokens == sum(part.end - part.begin for part in step.sequences)
@@ -182,7 +221,11 @@ class Walk:
         if running:
             first = min(running, key=lambda key: (running[key].priority, key))
             assert first in {part.key for part in step.sequences}, "the first in order did not advance"
-        if self.scheduler.num_free_pages + self.scheduler.num_cached_pages > 0:
+        pool = self.scheduler.pages
+        assert not (step.preempted and pool.num_free_to_write > len(step.sequences)), (
+            "preempted with pages to spare"
+        )
+        if pool.num_free_to_write > 0:
             decodes = {
                 key for key, shadow in running.items() if len(shadow.tokens) - len(shadow.contents) == 1
             }
@@ -195,18 +238,35 @@ class Walk:
         shadow = self.alive[part.key]
         assert 0 <= part.begin < part.end <= len(shadow.tokens)
         assert part.samples == (part.end == len(shadow.tokens))
-        assert len(part.block_table) == -(-part.end // self.page_size)
-        if not shadow.running:  # admitted by this step: what lies before `begin` was found
+        num_pages = -(-part.end // self.page_size)
+        # A dropped step's pages are kept for the next one, which may compute fewer tokens.
+        assert len(part.block_table) == num_pages or (len(part.block_table) > num_pages and self.num_dropped)
+        num_device = sum(page < self.num_device_pages for page in part.block_table)
+        assert part.num_device_pages == num_device
+        if not shadow.running:  # admitted by this step: what lies before `begin` was kept or found
             assert shadow.after is None, f"{part.key} did not wait for {shadow.after}"
-            assert part.begin % self.page_size == 0
-            assert self.caching or part.begin == 0
             if not shadow.reuse_prefix:
                 assert part.begin <= shadow.furthest, "positions were skipped that it never computed"
             if not shadow.was_running:
                 assert self.scheduler.num_cached_tokens(part.key) == part.begin
+            if part.begin > len(shadow.contents):
+                assert self.caching
+                assert part.begin % self.page_size == 0
+                shadow.contents = self.pure_contents(shadow, part.begin)
+                self.num_hits += 1
+                self.num_host_hits += 0 < self.num_device_pages <= max(part.block_table)
+            else:
+                self.num_resumed += shadow.was_running and part.begin == len(shadow.contents) > 0
+                assert part.begin == len(shadow.contents) or part.begin % self.page_size == 0
+                del shadow.contents[part.begin :]
+                if self.scheduler._sequences[part.key].publishes:
+                    # It may have lost pages of older weights and found others in their place.
+                    shadow.contents = self.pure_contents(shadow, part.begin)
             shadow.running = shadow.was_running = True
-            shadow.contents = self.pure_contents(shadow, part.begin)
-            self.num_hits += part.begin > 0
+        elif not self.caching:  # with it an equal page on the host may have taken a page's place
+            for old, new in zip(shadow.block_table[: self.num_sink_pages], part.block_table, strict=False):
+                assert (old < self.num_device_pages) <= (new < self.num_device_pages), "a sink was demoted"
+        shadow.block_table = part.block_table
         assert len(shadow.contents) == part.begin
 
     def slot(self, part: StepSequence, position: int) -> int:
@@ -218,7 +278,11 @@ class Walk:
             previous = shadow.contents[-1] if shadow.contents else hash(shadow.salt)
             content = content_after(previous, shadow.tokens[position], self.weights)
             shadow.contents.append(content)
-            self.slots[self.slot(part, position)] = (previous, content)
+            slot = self.slot(part, position)
+            assert not self.num_device_pages or slot < self.num_device_pages * self.page_size, (
+                "written to the host"
+            )
+            self.slots[slot] = (previous, content)
 
     def read_back(self, part: StepSequence) -> None:
         found = [self.slots[self.slot(part, position)][1] for position in range(part.end)]
@@ -250,22 +314,22 @@ class Walk:
                     self.forget(part.key)
 
     def check_eviction_order(self) -> None:
-        """Published pages are full and distinct, and cached ones are evicted before what they rest on."""
-        pool = self.scheduler._pool
-        age = {page: index for index, page in enumerate(pool._cached)}  # 0 is evicted first
+        """Published pages are full and distinct, and cached ones are dropped before what they rest on."""
+        pool = self.scheduler.pages
         last = {}
-        for page in pool._digests:
-            contents = [self.slots[page * self.page_size + offset] for offset in range(self.page_size)]
+        for page in pool._published.values():
+            contents = [self.slots[page.id * self.page_size + offset] for offset in range(self.page_size)]
             for (_, content), (previous, _) in pairwise(contents):
-                assert content == previous, f"page {page} is published half written"
+                assert content == previous, f"page {page.id} is published half written"
             last[contents[-1][1]] = page
-        assert len(last) == len(pool._digests), "two published pages have the same content"
-        for page in pool._cached:
-            parent = last.get(self.slots[page * self.page_size][0])
-            if parent in age:
-                assert age[page] < age[parent], (
-                    f"page {parent} would go before page {page}, which rests on it"
-                )
+        assert len(last) == len(pool._published), "two published pages have the same content"
+        for page in last.values():
+            parent = last.get(self.slots[page.id * self.page_size][0])
+            if parent is None or page.holders:
+                continue
+            assert parent.holders or page.last_used < parent.last_used, (
+                f"page {parent.id} would go before page {page.id}, which rests on it"
+            )
 
     def drain(self) -> None:
         """Every sequence ends, within the bound that the scheduler's docstring argues for."""
@@ -276,7 +340,7 @@ class Walk:
         while self.alive:
             self.step()
             assert self.num_steps <= bound, f"{len(self.alive)} sequences starve"
-        assert self.scheduler.num_free_pages + self.scheduler.num_cached_pages == self.num_pages
+        assert self.scheduler.pages.num_free + self.scheduler.pages.num_cached == self.num_pages
         assert (self.scheduler.num_running, self.scheduler.num_waiting) == (0, 0)
 
 
@@ -290,6 +354,8 @@ def random_walk(walk: Walk, num_events: int) -> None:
             walk.cancel()
         elif draw < 0.275:
             walk.replace_weights()
+        elif draw < 0.29 and walk.alive:
+            walk.split()
         else:
             walk.step()
         walk.scheduler.check_integrity()
@@ -297,7 +363,7 @@ def random_walk(walk: Walk, num_events: int) -> None:
 
 
 @settings(
-    max_examples=200,
+    max_examples=300,
     deadline=None,
     derandomize=True,
     database=None,
@@ -305,20 +371,46 @@ def random_walk(walk: Walk, num_events: int) -> None:
 )
 @given(
     seed=st.integers(0, 2**32),
-    num_pages=st.integers(1, 14),
+    num_device_pages=st.integers(0, 14),
+    num_host_pages=st.integers(0, 14),
+    num_sink_pages=st.integers(0, 3),
     page_size=st.integers(1, 5),
     caching=st.booleans(),
     num_events=st.integers(0, 200),
 )
 def test_every_sequence_reads_its_own_keys_and_values_and_ends(
-    seed: int, num_pages: int, page_size: int, caching: bool, num_events: int
+    seed: int,
+    num_device_pages: int,
+    num_host_pages: int,
+    num_sink_pages: int,
+    page_size: int,
+    caching: bool,
+    num_events: int,
 ) -> None:
-    random_walk(Walk(seed, num_pages=num_pages, page_size=page_size, caching=caching), num_events)
+    walk = Walk(
+        seed,
+        num_device_pages=num_device_pages,
+        num_host_pages=max(num_host_pages, num_device_pages == 0),
+        num_sink_pages=num_sink_pages,
+        page_size=page_size,
+        caching=caching,
+    )
+    random_walk(walk, num_events)
 
 
-@pytest.mark.parametrize("seed", range(20))
-def test_without_priorities_the_steps_are_at_most_the_sum_of_the_lengths(seed: int) -> None:
-    walk = Walk(seed, num_pages=10, page_size=4, caching=seed % 4 > 0, plain=True)
+@pytest.mark.parametrize("num_device_pages", [0, 3, 7, 10])
+@pytest.mark.parametrize("seed", range(8))
+def test_without_priorities_the_steps_are_at_most_the_sum_of_the_lengths(
+    seed: int, num_device_pages: int
+) -> None:
+    walk = Walk(
+        seed,
+        num_device_pages=num_device_pages,
+        num_host_pages=10 - num_device_pages,
+        page_size=4,
+        caching=seed % 4 > 0,
+        plain=True,
+    )
     for _ in range(15):
         walk.arrive()
     bound = sum(shadow.max_total_tokens for shadow in walk.alive.values())
@@ -326,8 +418,22 @@ def test_without_priorities_the_steps_are_at_most_the_sum_of_the_lengths(seed: i
     assert walk.num_steps <= bound
 
 
-def test_the_walk_meets_preemption_and_prefix_hits() -> None:
-    walk = Walk(3, num_pages=9, page_size=3, caching=True)
-    random_walk(walk, 4000)
+@pytest.mark.parametrize("num_device_pages", [0, 4, 9])
+def test_the_walk_meets_preemption_and_prefix_hits(num_device_pages: int) -> None:
+    num_host_pages = 9 - num_device_pages
+    walk = Walk(
+        3, num_device_pages=num_device_pages, num_host_pages=num_host_pages, page_size=3, caching=True
+    )
+    random_walk(walk, 3000)
     assert walk.num_preempted > 10
-    assert walk.num_hits > 50
+    assert walk.num_hits > 15
+
+
+def test_the_walk_meets_moves_both_ways_and_resumption_without_recomputing() -> None:
+    # Sinks are most of the device here, so that sequences that outgrow them are preempted for want of it alone.
+    walk = Walk(5, num_device_pages=6, num_host_pages=80, num_sink_pages=4, page_size=2, caching=True)
+    random_walk(walk, 3000)
+    assert walk.num_host_hits > 20
+    assert walk.num_resumed > 2
+    assert walk.scheduler.pages.num_demoted_total > 500
+    assert walk.scheduler.pages.num_promoted_total > 2
