@@ -230,19 +230,34 @@ class Settings(BaseSettings):
     )
     kv_cache_memory_bytes: Count = _setting(
         "KV cache",
-        "Memory for KV pages, when their number is not given.",
+        "Memory for KV pages on the host, when their number is not given.",
         default=4 << 30,
         default_text="4GiB",
         gt=0,
         unit="bytes",
     )
-    device_pages: int | None = _setting(
+    host_pages: int | None = _setting(
         "KV cache",
-        "Number of KV pages, instead of --kv-cache-memory-bytes.",
-        flags=["--num-gpu-blocks-override"],
+        "Number of KV pages on the host, instead of --kv-cache-memory-bytes; 0 keeps all on the device.",
         default=None,
         default_text="from --kv-cache-memory-bytes",
-        ge=1,
+        ge=0,
+        unit="pages",
+    )
+    device_pages: int = _setting(
+        "KV cache",
+        "Number of KV pages on the device. On a CPU this is a part of its memory that stands for one: for trying out "
+        "how pages are split.",
+        flags=["--num-gpu-blocks-override"],
+        default=0,
+        ge=0,
+        unit="pages",
+    )
+    sink_pages: int = _setting(
+        "KV cache",
+        "First pages of each sequence that stay on the device while it runs.",
+        default=1,
+        ge=0,
         unit="pages",
     )
     enable_prefix_caching: bool = _setting(
@@ -411,7 +426,9 @@ class EngineSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     max_num_seqs: int = 256
     max_num_batched_tokens: int = 2048
     page_size: int = 32  # tokens; a multiple of 16
-    num_pages: int | None = None  # None: as many as kv_cache_memory_bytes holds
+    num_device_pages: int = 0
+    num_host_pages: int | None = None  # None: as many as kv_cache_memory_bytes holds
+    num_sink_pages: int = 1  # first pages of a sequence that stay on the device
     kv_cache_memory_bytes: int = 4 << 30
     enable_prefix_caching: bool = True
     seed: int = 0
@@ -432,7 +449,9 @@ def engine_settings(settings: Settings) -> EngineSettings:
         max_num_seqs=settings.max_num_seqs,
         max_num_batched_tokens=settings.max_num_batched_tokens,
         page_size=settings.block_size,
-        num_pages=settings.device_pages,
+        num_device_pages=settings.device_pages,
+        num_host_pages=settings.host_pages,
+        num_sink_pages=settings.sink_pages,
         kv_cache_memory_bytes=settings.kv_cache_memory_bytes,
         enable_prefix_caching=settings.enable_prefix_caching,
         seed=settings.seed,

@@ -24,6 +24,8 @@ class Batch:
     query_begin: Tensor  # [sequences + 1], int32: sequence s owns tokens [query_begin[s], query_begin[s + 1])
     kv_len: Tensor  # [sequences], int32: tokens cached once this step has stored its own
     block_table: Tensor  # [sequences, pages of the longest], int32; rows are padded with 0
+    has_device_pages: bool  # whether any page of the step's sequences is a device page
+    has_host_pages: bool
 
 
 class BatchBuilder:
@@ -56,6 +58,8 @@ class BatchBuilder:
             query_begin=self._tensor(query_begin, torch.int32),
             kv_len=self._tensor(begins + counts, torch.int32),
             block_table=self._tensor(table, torch.int32),
+            has_device_pages=any(item.num_device_pages for item in sequences),
+            has_host_pages=any(item.num_device_pages < len(item.block_table) for item in sequences),
         )
 
     def forget(self, key: int) -> None:

@@ -13,7 +13,7 @@ from hybridgen.engine.kv_store import (
     KVStore,
     available_host_bytes,
     choose_max_model_len,
-    choose_num_pages,
+    choose_num_host_pages,
     kv_layout,
 )
 from hybridgen.engine.model import Decoder
@@ -45,15 +45,22 @@ def build_engine(settings: EngineSettings) -> EngineCore:
     layout = kv_layout(spec, settings.page_size, dtype)
     # Rotary positions have no table that ends, but beyond max_position_embeddings the model was never trained.
     wanted_len = settings.max_model_len or spec.max_positions
-    num_pages = choose_num_pages(
+    num_device_pages = settings.num_device_pages
+    num_host_pages = choose_num_host_pages(
         layout,
-        num_pages=settings.num_pages,
+        num_device_pages=num_device_pages,
+        num_host_pages=settings.num_host_pages,
         cache_bytes=settings.kv_cache_memory_bytes,
         useful_tokens=wanted_len * settings.max_num_seqs,
         available_bytes=available_host_bytes() - spec.num_parameters() * dtype.itemsize,
     )
     max_model_len = choose_max_model_len(
-        layout, num_pages=num_pages, asked=settings.max_model_len, model_limit=spec.max_positions
+        layout,
+        num_device_pages=num_device_pages,
+        num_host_pages=num_host_pages,
+        num_sink_pages=settings.num_sink_pages,
+        asked=settings.max_model_len,
+        model_limit=spec.max_positions,
     )
     if settings.load_format == "dummy":
         weights = dummy_weights(spec, dtype=dtype, device=device, seed=settings.seed)
@@ -61,25 +68,29 @@ def build_engine(settings: EngineSettings) -> EngineCore:
         weights = load_weights(folder, spec, dtype=dtype, device=device, show_progress=True)
     pool = AttentionPool(num_threads=settings.threads)
     decoder = Decoder(spec, weights, max_model_len=max_model_len, pool=pool)
-    store = KVStore(spec, layout, num_pages, pool)
+    store = KVStore(spec, layout, num_device_pages=num_device_pages, num_host_pages=num_host_pages, pool=pool)
+    num_pages = num_device_pages + num_host_pages
     eos_token_ids = find_eos_token_ids(folder, config)
     ready = Ready(
         max_model_len=max_model_len,
         vocab_size=spec.vocab_size,
         page_size=settings.page_size,
         num_pages=num_pages,
+        num_device_pages=num_device_pages,
         dtype=str(dtype).removeprefix("torch."),
         num_parameters=spec.num_parameters(),
         load_seconds=time.perf_counter() - started,
     )
     logger.info(
-        "%s: %s, %.1f M parameters in %s, context %d; %d KV pages of %d tokens (%.2f GiB); %d threads; %.1f s",
+        "%s: %s, %.1f M parameters in %s, context %d; %d device and %d host KV pages of %d tokens (%.2f GiB); "
+        "%d threads; %.1f s",
         folder,
         spec.family,
         ready.num_parameters / 1e6,
         ready.dtype,
         max_model_len,
-        num_pages,
+        num_device_pages,
+        num_host_pages,
         settings.page_size,
         num_pages * layout.page_bytes / 2**30,
         settings.threads,
@@ -88,7 +99,9 @@ def build_engine(settings: EngineSettings) -> EngineCore:
     return EngineCore(
         runner=ModelRunner(decoder, store, device),
         scheduler=Scheduler(
-            num_pages=num_pages,
+            num_device_pages=num_device_pages,
+            num_host_pages=num_host_pages,
+            num_sink_pages=settings.num_sink_pages,
             page_size=settings.page_size,
             max_num_seqs=settings.max_num_seqs,
             max_num_batched_tokens=settings.max_num_batched_tokens,

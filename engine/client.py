@@ -260,7 +260,12 @@ class EngineClient:
                     self._fail(message.message)
                 case Ready():
                     # Until the first step every page is free.
-                    self.stats = EngineStats(num_pages=message.num_pages, num_free_pages=message.num_pages)
+                    self.stats = EngineStats(
+                        num_pages=message.num_pages,
+                        num_free_pages=message.num_pages,
+                        num_device_pages=message.num_device_pages,
+                        num_free_device_pages=message.num_device_pages,
+                    )
                     if not self._ready_or_failed.done():
                         self._ready_or_failed.set_result(message)
 

@@ -92,6 +92,8 @@ class EngineCore:
         self._num_steps = 0
         self._num_prompt_tokens = 0
         self._num_generated_tokens = 0
+        self._num_device_tokens = 0
+        self._num_host_tokens = 0
         self._last_step_tokens = 0
 
     def add(self, request: Request) -> None:
@@ -141,13 +143,21 @@ class EngineCore:
 
     def stats(self) -> EngineStats:
         """Counts for metrics, as of now."""
-        scheduler = self._scheduler
+        scheduler, pages = self._scheduler, self._scheduler.pages
         return EngineStats(
             num_running=scheduler.num_running,
             num_waiting=scheduler.num_waiting,
-            num_pages=scheduler.num_pages,
-            num_free_pages=scheduler.num_free_pages,
-            num_cached_pages=scheduler.num_cached_pages,
+            num_parked=scheduler.num_parked,
+            num_pages=pages.num_pages,
+            num_free_pages=pages.num_free,
+            num_cached_pages=pages.num_cached,
+            num_device_pages=pages.num_device_pages,
+            num_free_device_pages=pages.num_free_device,
+            num_cached_device_pages=pages.num_cached_device,
+            num_demoted_pages_total=pages.num_demoted_total,
+            num_promoted_pages_total=pages.num_promoted_total,
+            num_device_tokens_total=self._num_device_tokens,
+            num_host_tokens_total=self._num_host_tokens,
             num_steps_total=self._num_steps,
             num_preemptions_total=scheduler.num_preemptions_total,
             num_prefix_queries_total=scheduler.num_prefix_queries_total,
@@ -158,8 +168,8 @@ class EngineCore:
         )
 
     def check_integrity(self) -> None:
-        """Every page is free, cached or held, and the books of engine and scheduler agree. For when there is no work,
-        after the outputs have left: it looks at every page, which takes milliseconds.
+        """Every page of each tier is free, cached or held, and the books of engine and scheduler agree. For when there
+        is no work, after the outputs have left: it looks at every page, which takes milliseconds.
 
         Raises:
             AssertionError: with the numbers that disagree.
@@ -240,6 +250,11 @@ class EngineCore:
             if item.key in hidden:
                 self._score_prompt(self._choices[item.key], item.begin, hidden[item.key])
             self._num_prompt_tokens += max(0, min(item.end, self._prompt_lens[item.key]) - item.begin)
+            # Where there are both, host pages are full, and the page being written is a device page.
+            num_host_pages = len(item.block_table) - item.num_device_pages
+            num_host_tokens = min(item.end, num_host_pages * self.ready.page_size)
+            self._num_host_tokens += num_host_tokens
+            self._num_device_tokens += item.end - num_host_tokens
         keys = [item.key for item in step.sequences if item.samples]
         outputs: list[Output] = []
         ended: list[_Choice] = []

@@ -1,12 +1,17 @@
 """The tensors behind the scheduler's page numbers, and the attention over them."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from hybridgen.engine.batch import Batch
 from hybridgen.engine.model_spec import ModelSpec
-from hybridgen.kernels.attention import AttentionPool, AttentionStep, KVLayout, allocate_pages
+from hybridgen.kernels.attention import AttentionStep, KVLayout, KVPages, allocate_pages, copy_pages
+from hybridgen.kernels.ops import merge
+from hybridgen.kernels.pool import AttentionPool
+from hybridgen.scheduler.step import PageMove
 
 
 class NotEnoughMemory(Exception):
@@ -14,24 +19,98 @@ class NotEnoughMemory(Exception):
 
 
 class KVStore:
-    """K and V pages of all layers in host memory, attended by the CPU pool."""
+    """K and V pages of all layers on two tiers: device pages [0, num_device_pages), host pages after them.
 
-    def __init__(self, spec: ModelSpec, layout: KVLayout, num_pages: int, pool: AttentionPool) -> None:
+    On a CPU both lie in its memory and the pool attends both; the device tier stands for one, so that what depends on
+    the split runs as it does on two processors.
+    """
+
+    def __init__(
+        self,
+        spec: ModelSpec,
+        layout: KVLayout,
+        *,
+        num_device_pages: int,
+        num_host_pages: int,
+        pool: AttentionPool,
+    ) -> None:
         self._spec = spec
         self._pool = pool
-        self._pages = allocate_pages(layout, num_pages)
+        self._device = allocate_pages(layout, num_device_pages)
+        self._host = allocate_pages(layout, num_host_pages)
 
-    def attention(self, batch: Batch) -> AttentionStep:
+    def carry_out(self, moves: Sequence[PageMove]) -> None:
+        """Copy pages from tier to tier, as if one after the other."""
+        num_device = self._device.num_pages
+        run: list[PageMove] = []
+        targets: set[int] = set()
+        for move in moves:
+            # Copies of one direction do not disturb each other unless the second writes over the first.
+            if run and (move.target in targets or (run[0].source < num_device) != (move.source < num_device)):
+                self._copy(run)
+                run, targets = [], set()
+            run.append(move)
+            targets.add(move.target)
+        if run:
+            self._copy(run)
+
+    def _copy(self, moves: Sequence[PageMove]) -> None:
+        num_device = self._device.num_pages
+        sources, targets = [move.source for move in moves], [move.target for move in moves]
+        if sources[0] < num_device:
+            host_ids = [target - num_device for target in targets]
+            copy_pages(self._pool, self._device, sources, self._host, host_ids)
+        else:
+            host_ids = [source - num_device for source in sources]
+            copy_pages(self._pool, self._host, host_ids, self._device, targets)
+
+    def attention(self, batch: Batch) -> "StepAttention":
         """The attention of one step, for `Decoder.forward`."""
+        num_device = self._device.num_pages
+        device = self._step(batch, self._device, 0) if batch.has_device_pages else None
+        host = self._step(batch, self._host, num_device) if batch.has_host_pages else None
+        return StepAttention(device, host)
+
+    def _step(self, batch: Batch, pages: KVPages, first_page: int) -> AttentionStep:
         return AttentionStep(
             self._pool,
-            self._pages,
+            pages,
             query_begin=batch.query_begin,
             kv_len=batch.kv_len,
             block_table=batch.block_table,
             num_heads=self._spec.num_heads,
             scale=self._spec.head_dim**-0.5,
+            first_page=first_page,
+            total_pages=self._device.num_pages + self._host.num_pages,
         )
+
+
+class StepAttention:
+    """One step's attention over the tiers that its pages lie on: the partials of both, merged exactly."""
+
+    def __init__(self, device: AttentionStep | None, host: AttentionStep | None) -> None:
+        assert device is not None or host is not None, "a step without pages"
+        self._device = device
+        self._host = host
+
+    def store(self, layer: int, k: Tensor, v: Tensor) -> None:
+        """Write this step's keys and values, [tokens, kv_heads, head_dim], to the tier that is written to."""
+        written = self._host if self._device is None else self._device
+        assert written is not None
+        written.store(layer, k, v)
+
+    def attend(self, layer: int, q: Tensor, *, sliding_window: int = 0) -> Tensor:
+        """q [tokens, heads, head_dim] -> the same shape."""
+        device, host = self._device, self._host
+        if host is None or device is None:
+            only = device or host
+            assert only is not None
+            return only.attend(layer, q, sliding_window=sliding_window)
+        ticket = host.submit(layer, q, sliding_window=sliding_window)
+        device_out, device_lse = device.attend(layer, q, sliding_window=sliding_window, return_lse=True)
+        host_out, host_lse = ticket.wait()
+        out = torch.empty(q.shape, dtype=q.dtype)
+        return merge(device_out, device_lse, host_out, host_lse, out=out)
 
 
 def kv_layout(spec: ModelSpec, page_size: int, dtype: torch.dtype) -> KVLayout:
@@ -49,44 +128,66 @@ def available_host_bytes() -> int:
     return max(0, available)
 
 
-def choose_num_pages(
-    layout: KVLayout, *, num_pages: int | None, cache_bytes: int, useful_tokens: int, available_bytes: int
+def choose_num_host_pages(
+    layout: KVLayout,
+    *,
+    num_device_pages: int,
+    num_host_pages: int | None,
+    cache_bytes: int,
+    useful_tokens: int,
+    available_bytes: int,
 ) -> int:
-    """How many pages to allocate: `num_pages` if given, otherwise what `cache_bytes` holds.
+    """How many host pages to allocate: `num_host_pages` if given, otherwise what `cache_bytes` holds.
 
     Args:
+        num_device_pages: taken from the same memory.
         useful_tokens: of as many slots every sequence of the fullest batch has its own; more are not allocated.
         available_bytes: memory that may be taken.
 
     Raises:
         NotEnoughMemory: the pages exceed the memory.
     """
-    if num_pages is None:
-        num_pages = min(cache_bytes // layout.page_bytes, -(-useful_tokens // layout.page_size))
+    if num_host_pages is None:
+        useful_pages = -(-useful_tokens // layout.page_size)
+        num_host_pages = min(cache_bytes // layout.page_bytes, useful_pages)
+    num_pages = num_device_pages + num_host_pages
     if num_pages * layout.page_bytes > available_bytes:
         raise NotEnoughMemory(
             f"a KV cache of {num_pages} pages takes {num_pages * layout.page_bytes} bytes; {available_bytes} bytes of "
-            "memory are available. Lower --kv-cache-memory-bytes or --device-pages"
+            "memory are available. Lower --kv-cache-memory-bytes, --host-pages or --device-pages"
         )
-    return num_pages
+    return num_host_pages
 
 
 def choose_max_model_len(
-    layout: KVLayout, *, num_pages: int, asked: int | None, model_limit: int | None
+    layout: KVLayout,
+    *,
+    num_device_pages: int,
+    num_host_pages: int,
+    num_sink_pages: int,
+    asked: int | None,
+    model_limit: int | None,
 ) -> int:
     """The longest sequence to serve, in tokens: what was asked for, otherwise as much as model and pages allow.
 
     Args:
+        num_sink_pages: device pages that every sequence keeps besides the one it writes to.
         model_limit: positions that the model can represent; None if it has no table that ends.
 
     Raises:
         NotEnoughMemory: the pages cannot hold one sequence of the length asked for, or no token at all.
         ValueError: the length exceeds the model's learned positions.
     """
+    num_pages = num_device_pages + num_host_pages
     capacity = num_pages * layout.page_size
     if capacity == 0:
         raise NotEnoughMemory(
             f"the KV cache holds no page: one takes {layout.page_bytes} bytes. Raise --kv-cache-memory-bytes"
+        )
+    if num_host_pages and 0 < num_device_pages <= num_sink_pages:
+        raise NotEnoughMemory(
+            f"a sequence needs {num_sink_pages + 1} device pages, the {num_sink_pages} of --sink-pages and one to "
+            f"write to; --device-pages is {num_device_pages}"
         )
     if asked is None:
         return capacity if model_limit is None else min(capacity, model_limit)
@@ -97,6 +198,6 @@ def choose_max_model_len(
         raise NotEnoughMemory(
             f"one sequence of --max-model-len {asked} needs {needed} pages ({needed * layout.page_bytes} bytes); "
             f"the KV cache has {num_pages} ({num_pages * layout.page_bytes} bytes). Lower --max-model-len (or give "
-            "`auto`), or raise --kv-cache-memory-bytes or --device-pages"
+            "`auto`), or raise --kv-cache-memory-bytes or --host-pages"
         )
     return asked

@@ -205,9 +205,18 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
 
     num_running: int = 0
     num_waiting: int = 0
-    num_pages: int = 0
+    num_parked: int = 0  # of those waiting, preempted ones that keep their pages
+    num_pages: int = 0  # of both tiers
     num_free_pages: int = 0  # never used or given back
-    num_cached_pages: int = 0  # unreferenced, kept for prefix hits, reclaimable at once
+    num_cached_pages: int = 0  # not held, kept for prefix hits, reclaimable at once
+    num_device_pages: int = 0  # of num_pages those on the device, and likewise
+    num_free_device_pages: int = 0
+    num_cached_device_pages: int = 0
+    num_demoted_pages_total: int = 0  # moved from the device to the host
+    num_promoted_pages_total: int = 0  # moved from the host to the device
+    # Keys attended, each once a step for its sequence, by where they lay.
+    num_device_tokens_total: int = 0
+    num_host_tokens_total: int = 0
     num_steps_total: int = 0
     num_preemptions_total: int = 0
     num_prefix_queries_total: int = 0  # prompt tokens looked up
@@ -223,7 +232,8 @@ class Ready(msgspec.Struct, frozen=True, kw_only=True, tag="ready"):
     max_model_len: int
     vocab_size: int
     page_size: int
-    num_pages: int
+    num_pages: int  # of both tiers
+    num_device_pages: int = 0
     dtype: str
     num_parameters: int
     load_seconds: float

@@ -28,7 +28,7 @@ class ModelRunner:
         *,
         score_all: Collection[int] = (),
     ) -> tuple[Tensor, dict[int, Tensor]]:
-        """One forward pass.
+        """The step's moves, then one forward pass.
 
         Args:
             step: at least one sequence.
@@ -40,6 +40,7 @@ class ModelRunner:
             logits [sequences with samples, vocab], in the step's order, and for each key in `score_all` that the
             step holds the hidden states [its tokens, embed] of all its positions, for `logits`.
         """
+        self._store.carry_out(step.moves)
         batch = self._builder.build(step, known, prompt_lens)
         attention = self._store.attention(batch)
         rows: list[int] = []

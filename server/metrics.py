@@ -103,8 +103,14 @@ _ENGINE_METRICS = (
     ),
     _EngineMetric(
         GaugeMetricFamily,
+        "hybridgen:num_requests_parked",
+        "Of the sequences waiting, preempted ones that keep their pages.",
+        lambda stats, _: stats.num_parked,
+    ),
+    _EngineMetric(
+        GaugeMetricFamily,
         "vllm:kv_cache_usage_perc",
-        "Share of KV pages that running sequences hold; 1 is all. Cached prefixes count as free.",
+        "Share of KV pages, over both tiers, that sequences hold; 1 is all. Cached prefixes count as free.",
         lambda stats, _: _num_held_pages(stats) / max(stats.num_pages, 1),
     ),
     _EngineMetric(
@@ -148,6 +154,13 @@ _ENGINE_METRICS = (
 
 def _num_held_pages(stats: EngineStats) -> int:
     return stats.num_pages - stats.num_free_pages - stats.num_cached_pages
+
+
+def _pages_by_tier(stats: EngineStats) -> dict[str, dict[str, int]]:
+    device = {"free": stats.num_free_device_pages, "cached": stats.num_cached_device_pages}
+    device["held"] = stats.num_device_pages - sum(device.values())
+    both = {"free": stats.num_free_pages, "cached": stats.num_cached_pages, "held": _num_held_pages(stats)}
+    return {"device": device, "host": {state: both[state] - device[state] for state in both}}
 
 
 class Metrics(Collector):
@@ -197,11 +210,29 @@ class Metrics(Collector):
             family.add_metric(values, metric.value(stats, self._totals))
             yield family
 
-        pages = GaugeMetricFamily("hybridgen:kv_pages", "KV pages by state.", labels=[*names, "state"])
-        pages.add_metric([*values, "free"], stats.num_free_pages)
-        pages.add_metric([*values, "cached"], stats.num_cached_pages)
-        pages.add_metric([*values, "held"], _num_held_pages(stats))
+        pages = GaugeMetricFamily(
+            "hybridgen:kv_pages", "KV pages by tier and state.", labels=[*names, "tier", "state"]
+        )
+        for tier, counts in _pages_by_tier(stats).items():
+            for state, count in counts.items():
+                pages.add_metric([*values, tier, state], count)
         yield pages
+
+        moves = CounterMetricFamily(
+            "hybridgen:kv_page_moves", "KV pages moved, by the tier they went to.", labels=[*names, "to"]
+        )
+        moves.add_metric([*values, "host"], self._totals.total(stats, "num_demoted_pages_total"))
+        moves.add_metric([*values, "device"], self._totals.total(stats, "num_promoted_pages_total"))
+        yield moves
+
+        attended = CounterMetricFamily(
+            "hybridgen:attended_tokens",
+            "Keys attended, each once a step for its sequence, by the tier they lay on.",
+            labels=[*names, "tier"],
+        )
+        for tier in ("device", "host"):
+            attended.add_metric([*values, tier], self._totals.total(stats, f"num_{tier}_tokens_total"))
+        yield attended
 
         finished = CounterMetricFamily(
             "vllm:request_success", "Finished choices by reason.", labels=[*names, "finished_reason"]

@@ -231,10 +231,13 @@ def test_a_chat_template_is_a_file_or_itself(tmp_path: Path) -> None:
 
 
 def test_the_engines_settings_are_those_of_the_server_and_survive_the_wire() -> None:
-    settings = Settings(model="m", block_size=64, device_pages=5, max_model_len="2K", threads=3, seed=9)
+    pages = {"device_pages": 5, "host_pages": 7, "sink_pages": 2}
+    settings = Settings(model="m", block_size=64, max_model_len="2K", threads=3, seed=9, **pages)
     part = engine_settings(settings)
-    assert (part.page_size, part.num_pages, part.max_model_len, part.threads) == (64, 5, 2048, 3)
-    for name in set(EngineSettings.__struct_fields__) - {"page_size", "num_pages", "device"}:
+    assert (part.page_size, part.max_model_len, part.threads) == (64, 2048, 3)
+    assert (part.num_device_pages, part.num_host_pages, part.num_sink_pages) == (5, 7, 2)
+    others = {"page_size", "num_device_pages", "num_host_pages", "num_sink_pages", "device"}
+    for name in set(EngineSettings.__struct_fields__) - others:
         assert getattr(part, name) == getattr(settings, name), name
     assert msgspec.json.decode(msgspec.json.encode(part), type=EngineSettings) == part
 

@@ -24,7 +24,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def core(folder: Path) -> EngineCore:
-    return build_engine(EngineSettings(model=str(folder), num_pages=32, page_size=16, max_num_seqs=4))
+    return build_engine(EngineSettings(model=str(folder), num_host_pages=32, page_size=16, max_num_seqs=4))
 
 
 def drain(core: EngineCore) -> list[Output]:
@@ -155,7 +155,7 @@ def test_end_of_text_ends_unless_it_is_ignored(folder: Path, core: EngineCore) -
     before = config.read_text()
     config.write_text(f'{{"eos_token_id": [{tokens[2]}, 319]}}')
     try:
-        ending = build_engine(EngineSettings(model=str(folder), num_pages=32, page_size=16))
+        ending = build_engine(EngineSettings(model=str(folder), num_host_pages=32, page_size=16))
     finally:
         config.write_text(before)
     ending.add(request("x", SamplingParams(max_tokens=8, temperature=0.0)))
@@ -207,12 +207,12 @@ def test_settings_that_do_not_fit_are_refused_with_the_numbers(folder: Path) -> 
     from hybridgen.engine.kv_store import NotEnoughMemory
 
     with pytest.raises(NotEnoughMemory, match=r"--max-model-len 512 needs 32 pages .* has 8 "):
-        build_engine(EngineSettings(model=str(folder), num_pages=8, page_size=16, max_model_len=512))
+        build_engine(EngineSettings(model=str(folder), num_host_pages=8, page_size=16, max_model_len=512))
     with pytest.raises(NotEnoughMemory, match="holds no page"):
         build_engine(EngineSettings(model=str(folder), kv_cache_memory_bytes=10))
     with pytest.raises(NotEnoughMemory, match="bytes of memory are available"):
-        build_engine(EngineSettings(model=str(folder), num_pages=1 << 40))
+        build_engine(EngineSettings(model=str(folder), num_host_pages=1 << 40))
     with pytest.raises(ValueError, match="exceeds the 512 positions"):
-        build_engine(EngineSettings(model=str(folder), num_pages=64, max_model_len=1000))
-    auto = build_engine(EngineSettings(model=str(folder), num_pages=8, page_size=16))
+        build_engine(EngineSettings(model=str(folder), num_host_pages=64, max_model_len=1000))
+    auto = build_engine(EngineSettings(model=str(folder), num_host_pages=8, page_size=16))
     assert auto.ready.max_model_len == 128

@@ -21,7 +21,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def llm(folder: Path) -> LLM:
-    return LLM(str(folder), device_pages=64, block_size=16, threads=1)
+    return LLM(str(folder), host_pages=64, block_size=16, threads=1)
 
 
 def test_answers_come_in_the_order_of_the_prompts(llm: LLM) -> None:
@@ -82,7 +82,7 @@ def test_a_resumed_prompt_keeps_its_log_probabilities(llm: LLM, folder: Path) ->
     prompts = [[(7 * index + place) % 250 for place in range(60)] for index in range(4)]
     alone = [llm.generate([prompt], params)[0].prompt_logprobs for prompt in prompts]
     scarce = LLM(
-        str(folder), device_pages=12, block_size=16, threads=1, max_model_len=150, max_num_batched_tokens=20
+        str(folder), host_pages=12, block_size=16, threads=1, max_model_len=150, max_num_batched_tokens=20
     )
     together = scarce.generate(prompts, params)
     assert scarce._core.stats().num_preemptions_total > 0
@@ -104,6 +104,6 @@ def test_a_preset_without_a_tokenizer_answers_with_the_embedded_ones(
     config = (folder / "config.json").read_text().replace('"vocab_size": 320', '"vocab_size": 4096')
     (tmp_path / "small" / "config.json").write_text(config)
     monkeypatch.setattr("hybridgen.configs.presets._FOLDER", tmp_path)
-    small = LLM("small", load_format="dummy", device_pages=64, block_size=16, threads=1)
+    small = LLM("small", load_format="dummy", host_pages=64, block_size=16, threads=1)
     (answer,) = small.generate("Once upon a time", GREEDY)
     assert len(answer.outputs[0].token_ids) == 12

@@ -48,7 +48,13 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
 
 
 def engine(folder: Path, **settings: Any) -> EngineCore:
-    values: dict[str, Any] = {"num_pages": 256, "page_size": 16, "threads": 1, "max_num_seqs": 16, **settings}
+    values: dict[str, Any] = {
+        "num_host_pages": 256,
+        "page_size": 16,
+        "threads": 1,
+        "max_num_seqs": 16,
+        **settings,
+    }
     return build_engine(EngineSettings(model=str(folder), **values))
 
 
@@ -113,7 +119,7 @@ def test_preemption_and_resumption_change_no_token(
 ) -> None:
     # 8 sequences want 49 pages at their ends; the longest alone wants 11.
     core = engine(
-        checkpoint.folder, num_pages=16, max_model_len=200, enable_prefix_caching=enable_prefix_caching
+        checkpoint.folder, num_host_pages=16, max_model_len=200, enable_prefix_caching=enable_prefix_caching
     )
     assert tuple(greedy(core)) == checkpoint.expected
     assert core.stats().num_preemptions_total > 0
@@ -140,7 +146,7 @@ def test_sampled_tokens_of_a_seed_do_not_depend_on_the_batch(checkpoint: Checkpo
         core, {**dict(list(others.items())[:4]), "x": (prompt, SEEDED), **dict(list(others.items())[4:])}
     )
     assert crowd["x"] == alone
-    scarce = engine(checkpoint.folder, num_pages=16, max_model_len=200, max_num_batched_tokens=24)
+    scarce = engine(checkpoint.folder, num_host_pages=16, max_model_len=200, max_num_batched_tokens=24)
     assert run(scarce, {**others, "x": (prompt, SEEDED)})["x"] == alone
     assert scarce.stats().num_preemptions_total > 0
 

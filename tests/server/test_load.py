@@ -48,7 +48,7 @@ def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         port = listener.getsockname()[1]
     command = [sys.executable, "-P", "-m", "hybridgen", "serve", str(folder), "--port", str(port)]
     command += ["--threads", "1", "--served-model-name", "tiny", "--block-size", "16"]
-    command += ["--device-pages", str(NUM_PAGES), "--max-num-seqs", "32", "--max-num-batched-tokens", "128"]
+    command += ["--host-pages", str(NUM_PAGES), "--max-num-seqs", "32", "--max-num-batched-tokens", "128"]
     log = folder / "log"
     with log.open("wb") as output:
         process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
@@ -85,7 +85,7 @@ def gauges(base: str) -> dict[str, float]:
             ("hybridgen:kv_pages{", "vllm:num_requests_running", "vllm:num_requests_waiting{")
         ):
             key = name.split('state="')[1].split('"')[0] if "state=" in name else name.split("{")[0]
-            found[key] = float(value)
+            found[key] = found.get(key, 0.0) + float(value)  # over both tiers
     return found
 
 

@@ -33,6 +33,14 @@ STATS = EngineStats(
     num_pages=100,
     num_free_pages=50,
     num_cached_pages=30,
+    num_parked=1,
+    num_device_pages=20,
+    num_free_device_pages=4,
+    num_cached_device_pages=5,
+    num_demoted_pages_total=7,
+    num_promoted_pages_total=2,
+    num_device_tokens_total=600,
+    num_host_tokens_total=900,
     num_steps_total=11,
     num_preemptions_total=1,
     num_prefix_queries_total=40,
@@ -58,12 +66,20 @@ async def test_engine_counts_have_vllms_names(make_client: MakeClient) -> None:
         "vllm:prefix_cache_hits_total": 16,
         "vllm:num_preemptions_total": 1,
         "hybridgen:steps_total": 11,
+        "hybridgen:num_requests_parked": 1,
     }
     assert {name: value(samples, name) for name in expected} == expected
-    assert [value(samples, "hybridgen:kv_pages", state=state) for state in ("free", "cached", "held")] == [
-        50,
-        30,
-        20,
+    pages = {
+        (tier, state): value(samples, "hybridgen:kv_pages", tier=tier, state=state)
+        for tier in ("device", "host")
+        for state in ("free", "cached", "held")
+    }
+    assert [pages["device", state] for state in ("free", "cached", "held")] == [4, 5, 11]
+    assert [pages["host", state] for state in ("free", "cached", "held")] == [46, 25, 9]
+    assert [value(samples, "hybridgen:kv_page_moves_total", to=tier) for tier in ("host", "device")] == [7, 2]
+    assert [value(samples, "hybridgen:attended_tokens_total", tier=t) for t in ("device", "host")] == [
+        600,
+        900,
     ]
     assert ("process_resident_memory_bytes", frozenset()) in samples
 
