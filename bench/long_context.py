@@ -51,7 +51,9 @@ def status_bytes(field: str) -> int:
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{field}:"))
 
 
-def serve(folder: Path, *, num_tokens: int, num_new: int, num_device_pages: int, chunk: int) -> dict[str, Any]:
+def serve(
+    folder: Path, *, num_tokens: int, num_new: int, num_device_pages: int, chunk: int
+) -> dict[str, Any]:
     """One run in this process: tokens, times and memory."""
     from hybridgen.configs.settings import EngineSettings, allowed_cpus
     from hybridgen.engine.build import build_engine

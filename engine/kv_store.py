@@ -69,7 +69,7 @@ class KVStore:
         num_device = self._device.num_pages
         device = self._step(batch, self._device, 0) if batch.has_device_pages else None
         host = self._step(batch, self._host, num_device) if batch.has_host_pages else None
-        return StepAttention(device, host)
+        return StepAttention(device, host, self._pool)
 
     def _step(self, batch: Batch, pages: KVPages, first_page: int) -> AttentionStep:
         return AttentionStep(
@@ -88,8 +88,9 @@ class KVStore:
 class StepAttention:
     """One step's attention over the tiers that its pages lie on: the partials of both, merged exactly."""
 
-    def __init__(self, device: AttentionStep | None, host: AttentionStep | None) -> None:
+    def __init__(self, device: AttentionStep | None, host: AttentionStep | None, pool: AttentionPool) -> None:
         assert device is not None or host is not None, "a step without pages"
+        self._pool = pool
         self._device = device
         self._host = host
 
@@ -98,6 +99,14 @@ class StepAttention:
         written = self._host if self._device is None else self._device
         assert written is not None
         written.store(layer, k, v)
+
+    @property
+    def ahead_rows(self) -> Tensor | None:
+        """Nothing to foretell: exact attention reads every key whatever the query."""
+        return None
+
+    def ahead(self, layer: int, q: Tensor) -> None:
+        raise AssertionError("nobody asked")
 
     def attend(self, layer: int, q: Tensor, *, sliding_window: int = 0) -> Tensor:
         """q [tokens, heads, head_dim] -> the same shape."""
@@ -110,7 +119,7 @@ class StepAttention:
         device_out, device_lse = device.attend(layer, q, sliding_window=sliding_window, return_lse=True)
         host_out, host_lse = ticket.wait()
         out = torch.empty(q.shape, dtype=q.dtype)
-        return merge(device_out, device_lse, host_out, host_lse, out=out)
+        return merge(device_out, device_lse, host_out, host_lse, out=out, pool=self._pool)
 
 
 def kv_layout(spec: ModelSpec, page_size: int, dtype: torch.dtype) -> KVLayout:

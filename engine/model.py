@@ -28,6 +28,19 @@ class Attention(Protocol):
         """q [tokens, heads, head_dim] -> the same shape."""
         ...
 
+    @property
+    def ahead_rows(self) -> Tensor | None:
+        """[rows], int64: the tokens whose queries are to be foretold a layer ahead; None for none."""
+        ...
+
+    def ahead(self, layer: int, q: Tensor) -> None:
+        """Told before the layer before `layer` is attended: what the queries of `ahead_rows` will be about.
+
+        Args:
+            q: [rows, heads, head_dim], from the residual stream that enters the layer before.
+        """
+        ...
+
 
 class RotaryTable:
     """cos and sin of every position's angles.
@@ -61,18 +74,32 @@ class RotaryTable:
 
 
 class Decoder:
-    """A decoder-only transformer, differences between families being fields of its ModelSpec."""
+    """A decoder-only transformer, differences between families being fields of its ModelSpec.
+
+    Args:
+        pool: shares out the row-wise operations when there are many rows.
+        layer_ahead: foretell each layer's queries to attentions that ask for it. The residual stream changes little
+            from layer to layer, so the next layer's norm and query projection of it come close.
+    """
 
     def __init__(
-        self, spec: ModelSpec, weights: Weights, *, max_model_len: int, pool: AttentionPool | None = None
+        self,
+        spec: ModelSpec,
+        weights: Weights,
+        *,
+        max_model_len: int,
+        pool: AttentionPool | None = None,
+        layer_ahead: bool = False,
     ) -> None:
         if spec.activation not in ACT2FN:
             raise UnsupportedModel(f"activation {spec.activation!r} is not known to transformers")
         self.spec = spec
         self._weights = weights
-        self._pool = pool  # shares out the row-wise operations when there are many rows
+        self._pool = pool
         self._activation: Callable[[Tensor], Tensor] = ACT2FN[spec.activation]
         device = weights.embedding.device
+        q_size = spec.num_heads * spec.head_dim
+        self._ahead_q = tuple(layer.qkv.first(q_size) for layer in weights.layers) if layer_ahead else ()
         self._rotary = None if spec.rope is None else RotaryTable(spec.rope, max_model_len, device)
 
     @torch.inference_mode()
@@ -117,6 +144,7 @@ class Decoder:
         residual = x
         x = self._norm(residual, layers[0].attention_norm)
         for index, layer in enumerate(layers):
+            self._look_ahead(index + 1, residual, rotation, attention)
             x = self._attention(index, layer, x, rotation, attention)
             if index == len(layers) - 1 and len(rows) < len(x):
                 # Past the last attention, tokens no longer see each other: go on with the wanted ones alone.
@@ -134,6 +162,7 @@ class Decoder:
         self, x: Tensor, rotation: tuple[Tensor, Tensor] | None, attention: Attention
     ) -> Tensor:
         for index, layer in enumerate(self._weights.layers):
+            self._look_ahead(index + 1, x, rotation, attention)
             x = self._norm(x + self._attention(index, layer, x, rotation, attention), layer.attention_norm)
             x = self._norm(x + self._mlp(layer, x), layer.mlp_norm)
         return x if self._weights.final_norm is None else self._norm(x, self._weights.final_norm)
@@ -159,6 +188,24 @@ class Decoder:
         attention.store(index, k, v)
         out = attention.attend(index, q, sliding_window=spec.sliding_windows[index])
         return layer.out(out.view(len(x), -1))
+
+    def _look_ahead(
+        self, index: int, hidden: Tensor, rotation: tuple[Tensor, Tensor] | None, attention: Attention
+    ) -> None:
+        """Foretell the queries of layer `index` from the residual stream that enters the one before it."""
+        spec, rows = self.spec, attention.ahead_rows
+        if rows is None or not 0 < index < len(self._ahead_q):
+            return
+        layer, x = self._weights.layers[index], hidden[rows]
+        if spec.pre_norm:
+            x = self._norm(x, layer.attention_norm)
+        q = self._ahead_q[index](x).view(len(rows), spec.num_heads, spec.head_dim)
+        if layer.q_norm is not None:
+            q = self._rms_norm(q, layer.q_norm)
+        if rotation is not None:
+            cos, sin = rotation
+            rotary_(q, q[:, :0], cos[rows], sin[rows], pool=self._pool)
+        attention.ahead(index, q)
 
     def _mlp(self, layer: LayerWeights, x: Tensor) -> Tensor:
         up = layer.up(x)

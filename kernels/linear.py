@@ -26,6 +26,11 @@ class Linear:
         self._is_packed = can_pack(weight)
         self.weight = torch.ops.mkldnn._reorder_linear_weight(weight) if self._is_packed else weight
 
+    def first(self, outputs: int) -> "Linear":
+        """The product with the first `outputs` rows of the weight alone. Packed weights are packed once more."""
+        weight = self.weight.to_dense() if self._is_packed else self.weight
+        return Linear(weight[:outputs], None if self.bias is None else self.bias[:outputs])
+
     def __call__(self, x: Tensor) -> Tensor:
         """[rows, in] -> [rows, out], in the dtype of x, which is the weight's."""
         if not self._is_packed:
