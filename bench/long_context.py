@@ -25,7 +25,7 @@ VOCAB_SIZE = 512
 def write_model(folder: Path, max_tokens: int) -> None:
     """Two layers in float32, with weights wide enough that greedy choices do not hang on rounding."""
     import torch
-    from transformers import AutoModelForCausalLM, LlamaConfig
+    from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
     config = LlamaConfig(
@@ -41,8 +41,9 @@ def write_model(folder: Path, max_tokens: int) -> None:
         bos_token_id=None,
         eos_token_id=None,
         pad_token_id=None,
+        dtype="float32",
     )
-    AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(folder)
+    LlamaForCausalLM(config).save_pretrained(folder)
 
 
 def status_bytes(field: str) -> int:
