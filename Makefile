@@ -8,13 +8,18 @@ BIN := $(VENV)/bin
 TORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
 ARGS ?=
 
-.PHONY: serve test test-wheel check format wheel clean distclean help
+CMAKE ?= $(firstword $(wildcard $(BIN)/cmake) $(shell command -v cmake))
+# What the sanitizers are after needs luck: each runs the test again and again for so long.
+SANITIZE_SECONDS ?= 20
+
+.PHONY: serve test test-wheel sanitize check format wheel clean distclean help
 
 help:
 	@echo "make serve [ARGS='--port 8001 ...']  serve the embedded model on 127.0.0.1:8000"
 	@echo "make test                            the whole suite"
 	@echo "make check                           ruff, mypy, pyright"
 	@echo "make format                          rewrite the sources as ruff formats them"
+	@echo "make sanitize                        the C++ test of the thread pool under two sanitizers"
 	@echo "make test-wheel                      build the wheel, serve from a fresh environment"
 	@echo "make wheel                           sdist and wheel in dist/"
 
@@ -23,6 +28,16 @@ serve: $(VENV)/.installed
 
 test: $(VENV)/.installed-dev
 	$(BIN)/pytest $(ARGS)
+
+# One build for each: neither works beside the other.
+sanitize: CMAKE := $(or $(CMAKE),$(BIN)/cmake)
+sanitize: $(if $(CMAKE),,$(VENV)/.installed-dev)
+	for sanitizer in thread address,undefined; do \
+		build=build/sanitize-$$sanitizer && \
+		$(CMAKE) -S . -B $$build -DCMAKE_BUILD_TYPE=None -DHYBRIDGEN_SANITIZE=$$sanitizer && \
+		$(CMAKE) --build $$build --target pool_test --parallel && \
+		$$build/pool_test $(SANITIZE_SECONDS) || exit 1; \
+	done
 
 check: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

@@ -1,5 +1,5 @@
 // The pool on its own, without Python: every test counts what ran, and jobs are small so that races are many.
-// Runs all tests, or those named on the command line. Built with sanitizers by `make sanitize`.
+// Arguments: names of tests (none: all), or a number of seconds for which all are run again and again. Built with sanitizers by `make sanitize`.
 
 #include <sched.h>
 #include <sys/wait.h>
@@ -136,7 +136,7 @@ class MeetingJob : public Job {
   const int expected_;
 };
 
-void many_short_jobs_run_every_item_once() {
+void many_short_jobs_run_every_item_once(unsigned) {
   for (const int num_threads : {1, 2, 3}) {
     const auto pool = make_pool(places(num_threads));
     for (int i = 0; i < 5000; ++i) {
@@ -147,7 +147,7 @@ void many_short_jobs_run_every_item_once() {
   }
 }
 
-void long_unequal_items_run_once() {
+void long_unequal_items_run_once(unsigned) {
   const auto pool = make_pool(places(3));
   for (int i = 0; i < 20; ++i) {
     CountingJob job(Phases{{200}, {1}, {50}}, 4096, 500 * i);
@@ -156,7 +156,7 @@ void long_unequal_items_run_once() {
   }
 }
 
-void a_phase_may_leave_groups_without_items() {
+void a_phase_may_leave_groups_without_items(unsigned) {
   const auto pool = make_pool(places(4, 3));
   for (int i = 0; i < 500; ++i) {
     CountingJob job(Phases{{0, 0, 4}, {3, 0, 0}, {0, 1, 0}, {5, 5, 5}});
@@ -168,9 +168,9 @@ void a_phase_may_leave_groups_without_items() {
   CHECK(none.complete());
 }
 
-void tickets_can_be_awaited_in_any_order() {
+void tickets_can_be_awaited_in_any_order(unsigned seed) {
   const auto pool = make_pool(places(3));
-  std::mt19937 random(1);
+  std::mt19937 random(seed);
   for (int i = 0; i < 300; ++i) {
     std::vector<std::unique_ptr<CountingJob>> jobs;
     std::vector<Ticket> tickets;
@@ -190,7 +190,7 @@ void tickets_can_be_awaited_in_any_order() {
   }
 }
 
-void submit_goes_on_when_the_ring_is_full() {
+void submit_goes_on_when_the_ring_is_full(unsigned) {
   for (const int num_threads : {1, 3}) {
     const auto pool = make_pool(places(num_threads));
     std::vector<std::unique_ptr<CountingJob>> jobs;
@@ -205,7 +205,7 @@ void submit_goes_on_when_the_ring_is_full() {
 }
 
 // More submitters than may help at once, each with several jobs in flight, scratch growing meanwhile.
-void several_threads_may_submit() {
+void several_threads_may_submit(unsigned) {
   const auto pool = make_pool(places(3, 2));
   std::vector<std::thread> submitters;
   for (int s = 0; s < 6; ++s) {
@@ -227,7 +227,7 @@ void several_threads_may_submit() {
   for (std::thread& submitter : submitters) submitter.join();
 }
 
-void every_thread_finds_work_while_items_are_left() {
+void every_thread_finds_work_while_items_are_left(unsigned) {
   for (const int num_groups : {1, 2, 4}) {
     const auto pool = make_pool(places(4, num_groups));
     for (int i = 0; i < 50; ++i) {
@@ -242,7 +242,7 @@ void every_thread_finds_work_while_items_are_left() {
   }
 }
 
-void a_job_begins_while_another_keeps_one_thread() {
+void a_job_begins_while_another_keeps_one_thread(unsigned) {
   const auto pool = make_pool(places(4));
   for (int i = 0; i < 200; ++i) {
     std::atomic<int> present{0};
@@ -256,7 +256,7 @@ void a_job_begins_while_another_keeps_one_thread() {
   }
 }
 
-void work_goes_on_while_nobody_waits() {
+void work_goes_on_while_nobody_waits(unsigned) {
   const auto pool = make_pool(places(2));
   for (int i = 0; i < 200; ++i) {
     CountingJob job(Phases{{1}, {1}, {3}, {1}});
@@ -267,7 +267,7 @@ void work_goes_on_while_nobody_waits() {
   }
 }
 
-void one_thread_works_when_it_waits() {
+void one_thread_works_when_it_waits(unsigned) {
   const auto pool = make_pool(places(1));
   CountingJob job(Phases{{3}, {2}});
   const Ticket ticket = pool->submit(job);
@@ -276,7 +276,7 @@ void one_thread_works_when_it_waits() {
   CHECK(job.complete());
 }
 
-void threads_beyond_the_cpus_share_them() {
+void threads_beyond_the_cpus_share_them(unsigned) {
   const auto pool = make_pool(places(8, 2));
   for (int i = 0; i < 300; ++i) {
     CountingJob job(Phases{{16, 3}, {2, 9}}, 128, 300);
@@ -285,14 +285,14 @@ void threads_beyond_the_cpus_share_them() {
   }
 }
 
-void a_cpu_that_is_not_there_is_made_do_without() {
+void a_cpu_that_is_not_there_is_made_do_without(unsigned) {
   const auto pool = make_pool({{0, 0}, {CPU_SETSIZE - 1, 0}});
   std::atomic<int> present{0};
   MeetingJob job({2}, present, 2);
   pool->run(job);
 }
 
-void close_waits_for_the_jobs_in_flight() {
+void close_waits_for_the_jobs_in_flight(unsigned) {
   for (int i = 0; i < 100; ++i) {
     const auto pool = make_pool(places(3));
     CountingJob first(Phases{{5}, {2}}, 0, 1000);
@@ -310,7 +310,7 @@ void close_waits_for_the_jobs_in_flight() {
   }
 }
 
-void pools_come_and_go() {
+void pools_come_and_go(unsigned) {
   for (int i = 0; i < 100; ++i) {
     const auto pool = make_pool(places(3, i % 3 + 1));
     if (i % 2 == 0) continue;  // never used
@@ -320,7 +320,7 @@ void pools_come_and_go() {
   }
 }
 
-void close_may_race_with_submitters() {
+void close_may_race_with_submitters(unsigned) {
   for (int i = 0; i < 30; ++i) {
     const auto pool = make_pool(places(2));
     std::vector<std::thread> submitters;
@@ -339,7 +339,7 @@ void close_may_race_with_submitters() {
   }
 }
 
-void a_forked_child_works_alone() {
+void a_forked_child_works_alone(unsigned) {
   const auto pool = make_pool(places(3));
   CountingJob before(Phases{{4}});
   pool->run(before);
@@ -364,7 +364,7 @@ void a_forked_child_works_alone() {
   CHECK(in_flight.complete());
 }
 
-void statistics_count_every_item_and_byte() {
+void statistics_count_every_item_and_byte(unsigned) {
   const auto pool = make_pool(places(3, 2));
   pool->reset_stats();
   for (int i = 0; i < 20; ++i) {
@@ -418,7 +418,7 @@ class WaitingJob : public Job {
   std::atomic<int> present_{0};
 };
 
-void statistics_tell_who_waited() {
+void statistics_tell_who_waited(unsigned) {
   const auto pool = make_pool(places(2));
   for (const bool caller_long : {true, false}) {
     pool->reset_stats();
@@ -431,7 +431,7 @@ void statistics_tell_who_waited() {
   }
 }
 
-void a_trace_holds_the_items_and_the_waits() {
+void a_trace_holds_the_items_and_the_waits(unsigned) {
   const auto pool = make_pool(places(2));
   CountingJob untraced(Phases{{8}}, 0, 0, 5);
   pool->run(untraced);
@@ -467,7 +467,7 @@ void a_trace_holds_the_items_and_the_waits() {
   for (const Event& event : pool->stop_trace()) CHECK(event.layer > 0);
 }
 
-void read_sums_the_words() {
+void read_sums_the_words(unsigned) {
   const auto pool = make_pool(places(3, 2));
   std::vector<uint64_t> words((9 << 20) / 8 + 100);
   std::mt19937_64 random(2);
@@ -479,7 +479,7 @@ void read_sums_the_words() {
   }
 }
 
-void functions_run_over_the_pool() {
+void functions_run_over_the_pool(unsigned) {
   const auto pool = make_pool(places(3, 2));
   std::vector<int> runs(100);
   for (const bool alone : {false, true}) {
@@ -491,8 +491,8 @@ void functions_run_over_the_pool() {
 }
 
 // Everything at once, drawn by a seed.
-void a_random_mixture_runs_every_item_once() {
-  std::mt19937 random(3);
+void a_random_mixture_runs_every_item_once(unsigned seed) {
+  std::mt19937 random(seed);
   const auto draw = [&](int n) { return static_cast<int>(random() % static_cast<unsigned>(n)); };
   for (int round = 0; round < 12; ++round) {
     const int num_groups = 1 + draw(3);
@@ -522,7 +522,7 @@ void a_random_mixture_runs_every_item_once() {
 
 struct Test {
   const char* name;
-  void (*run)();
+  void (*run)(unsigned seed);
 };
 
 #define TEST(name) \
@@ -557,16 +557,23 @@ const Test kTests[] = {
 }  // namespace hybridgen
 
 int main(int argc, char** argv) {
+  const std::vector<std::string> names(argv + 1, argv + argc);
+  const double seconds = names.empty() ? 0 : std::atof(names[0].c_str());  // 0: a name
+  const int64_t end = hybridgen::now_ns() + static_cast<int64_t>(seconds * 1e9);
+  int round = 0;
   int num_run = 0;
-  for (const auto& test : hybridgen::kTests) {
-    if (argc > 1 && std::find(argv + 1, argv + argc, std::string(test.name)) == argv + argc) continue;
-    const int64_t begin = hybridgen::now_ns();
-    alarm(60);  // a test that hangs is killed; its name stands in the line that has no time
-    std::printf("%s", test.name);
-    std::fflush(stdout);
-    test.run();
-    std::printf(" %.2f s\n", static_cast<double>(hybridgen::now_ns() - begin) / 1e9);
-    ++num_run;
-  }
+  do {
+    for (const auto& test : hybridgen::kTests) {
+      if (seconds == 0 && !names.empty() && std::find(names.begin(), names.end(), test.name) == names.end()) continue;
+      const int64_t begin = hybridgen::now_ns();
+      alarm(60);  // a test that hangs is killed; its name stands in the line that has no time
+      std::printf("%d %s", round, test.name);
+      std::fflush(stdout);
+      test.run(static_cast<unsigned>(round));
+      std::printf(" %.2f s\n", static_cast<double>(hybridgen::now_ns() - begin) / 1e9);
+      ++num_run;
+    }
+    ++round;
+  } while (hybridgen::now_ns() < end);
   return num_run > 0 ? 0 : 1;
 }
