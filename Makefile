@@ -10,7 +10,7 @@ ARGS ?=
 
 CMAKE ?= $(firstword $(wildcard $(BIN)/cmake) $(shell command -v cmake))
 # What the sanitizers are after needs luck: each runs the test again and again for so long.
-SANITIZE_SECONDS ?= 20
+SANITIZE_SECONDS ?= 10
 
 .PHONY: serve test test-wheel sanitize check format wheel clean distclean help
 

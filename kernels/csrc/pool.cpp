@@ -215,7 +215,7 @@ void Pool::run_claimed(Slot& slot, int32_t group, int32_t item, Worker& worker) 
   if (slot.unfinished.fetch_sub(1, std::memory_order_acq_rel) == 1) end_phase(slot, worker);
 }
 
-// Runs and notes an item; the job may be anybody's afterwards only if it was nobody else's before.
+// Runs an item and notes it. Takes what it needs of the slot, since a job run alone has none.
 void Pool::run_timed(Job& job, const char* name, uint64_t id, int32_t layer, int32_t phase, int32_t group,
                      int32_t item, Worker& worker) {
   const int64_t begin = worker.clock_ns_ != 0 ? worker.clock_ns_ : now_ns();

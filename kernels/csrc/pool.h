@@ -69,9 +69,9 @@ class Job {
   // A group's items are begun in ascending order, by its own threads and then by those that have nothing left.
   virtual void run_item(int32_t phase, int32_t group, int32_t item, Worker& worker) = 0;
 
-  virtual int64_t scratch_bytes() const = 0;             // for each thread; reserved by submit
-  virtual int32_t layer() const { return -1; }           // for the statistics; -1: not counted
-  virtual const char* name() const { return "job"; }     // for the trace; outlives the pool
+  virtual int64_t scratch_bytes() const = 0;          // for each thread; reserved by submit
+  virtual int32_t layer() const { return -1; }        // for the statistics; -1: not counted
+  virtual const char* name() const { return "job"; }  // for the trace; outlives the pool
 };
 
 struct Ticket {  // of a job; the default one is of a job that is done
@@ -82,7 +82,7 @@ struct Ticket {  // of a job; the default one is of a job that is done
 
 class Pool {
  public:
-  static constexpr int32_t kMaxJobs = 32;   // in flight
+  static constexpr int32_t kMaxJobs = 32;  // in flight
   static constexpr int32_t kMaxGroups = 64;
 
   struct Place {
@@ -157,7 +157,7 @@ class Pool {
     std::unique_ptr<int32_t[]> num_items;  // [num_groups]
     std::unique_ptr<Cell[]> cells;         // [num_groups]
     alignas(64) std::atomic<int32_t> unfinished{0};
-    std::atomic<int64_t> end_ns{0};               // of the job in `done`
+    std::atomic<int64_t> end_ns{0};             // of the job in `done`
     alignas(64) std::atomic<uint64_t> done{0};  // the last job that ended here
   };
   struct Seat {  // what a caller works with

@@ -1,5 +1,6 @@
 // The pool on its own, without Python: every test counts what ran, and jobs are small so that races are many.
-// Arguments: names of tests (none: all), or a number of seconds for which all are run again and again. Built with sanitizers by `make sanitize`.
+// Arguments: names of tests (none: all), or a number of seconds for which all are run again and again. Built with
+// sanitizers by `make sanitize`.
 
 #include <sched.h>
 #include <sys/wait.h>
@@ -483,9 +484,10 @@ void functions_run_over_the_pool(unsigned) {
   const auto pool = make_pool(places(3, 2));
   std::vector<int> runs(100);
   for (const bool alone : {false, true}) {
+    int* const first = runs.data();
     pool->run(
-        100, [](const void* context, int32_t item, std::byte*) { ++(*static_cast<std::vector<int>* const*>(context))[0][item]; },
-        std::make_unique<std::vector<int>*>(&runs).get(), 64, alone);
+        100, [](const void* context, int32_t item, std::byte*) { ++(*static_cast<int* const*>(context))[item]; }, &first,
+        64, alone);
   }
   CHECK(std::all_of(runs.begin(), runs.end(), [](int n) { return n == 2; }));
 }
