@@ -20,6 +20,8 @@ from typing import Any
 TOLERANCE = 0.10  # of the bytes that the page counts say
 PAGE_SIZE = 32
 VOCAB_SIZE = 512
+NUM_LAYERS, NUM_HEADS, HEAD_DIM = 2, 4, 64  # as many KV heads as heads
+PAGE_BYTES = 2 * NUM_LAYERS * NUM_HEADS * HEAD_DIM * PAGE_SIZE * 4  # K and V in float32
 
 
 def write_model(folder: Path, max_tokens: int) -> None:
@@ -32,10 +34,10 @@ def write_model(folder: Path, max_tokens: int) -> None:
         vocab_size=VOCAB_SIZE,
         hidden_size=128,
         intermediate_size=256,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=4,
-        head_dim=64,
+        num_hidden_layers=NUM_LAYERS,
+        num_attention_heads=NUM_HEADS,
+        num_key_value_heads=NUM_HEADS,
+        head_dim=HEAD_DIM,
         max_position_embeddings=max_tokens,
         initializer_range=0.15,
         bos_token_id=None,
@@ -86,21 +88,21 @@ def serve(
                 times.append(time.perf_counter())
         return tokens, times
 
-    # Threads, buffers and code pages come with the first steps and are no part of the cache.
+    # What a step of such chunks takes besides pages, at its highest: threads, activations, buffers.
     warm_length = min(3 * chunk, num_tokens)
-    run("warm", warm_length, 2)
     num_warm_pages = -(-(warm_length + 2) // PAGE_SIZE)
-    base_bytes = status_bytes("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # the most from now on
+    run("first", warm_length, 2)
+    Path("/proc/self/clear_refs").write_text("5")  # VmHWM begins anew
+    run("warm", warm_length, 2)
+    base_bytes = status_bytes("VmHWM")
     before = core.stats()
     tokens, times = run("long", num_tokens, num_new)
     peak_bytes = status_bytes("VmHWM")
     core.check_integrity()
     stats = core.stats()
-    page_bytes = 2 * 2 * 4 * 64 * PAGE_SIZE * 4  # K and V of 2 layers, 4 heads, 64 dims in float32
-    pages_bytes = num_pages * page_bytes
+    pages_bytes = num_pages * PAGE_BYTES
     # The pages of the warm-up are among them already.
-    grown_bytes = peak_bytes - base_bytes + num_warm_pages * page_bytes
+    grown_bytes = peak_bytes - base_bytes + num_warm_pages * PAGE_BYTES
     return {
         "tokens": tokens,
         "device_pages": num_device_pages,
