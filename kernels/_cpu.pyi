@@ -52,6 +52,7 @@ class Step:
         scale: float,
         /,
     ) -> None: ...
+    def keep_index(self, isa: str, index: int, v_sum: int) -> None: ...
     def store(self, layer: int, k: int, k_stride: int, v: int, v_stride: int, /) -> None: ...
     def attend(
         self,
@@ -183,3 +184,31 @@ class IndexPages:
         always_begin: int,
         mass: float,
     ) -> tuple[bool, list[int], list[float], list[float]]: ...
+
+class MassRecord:
+    def __init__(self, num_layers: int) -> None: ...
+    def read(self) -> list[tuple[int, float, float, int, int, int, int]]: ...
+
+class MassStep:
+    def __init__(
+        self,
+        step: Step,
+        index: int,
+        v_sum: int,
+        isa: str,
+        mass: float,
+        floor: float,
+        tail: bool,
+        num_sinks: int,
+        min_tokens: int,
+        record: MassRecord,
+    ) -> None: ...
+    @property
+    def num_scanned(self) -> int: ...
+    def submit(
+        self, layer: int, q: int, q_stride: int, out: int, out_stride: int, lse: int, soft_cap: float
+    ) -> MassAttend: ...
+
+class MassAttend:
+    def wait(self) -> None: ...
+    def is_done(self) -> bool: ...

@@ -16,7 +16,6 @@ allows them to attend a list of keys as well as a run of pages.
 In csrc/, `attend_inl.h` is the algorithm, `pool.h` the threads and `step.h` the sharing-out of work.
 """
 
-import mmap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, overload
@@ -25,9 +24,10 @@ import torch
 from torch import Tensor
 
 from hybridgen.kernels import _cpu
+from hybridgen.kernels.index import KVIndex, allocate_index, build_index
+from hybridgen.kernels.memory import map_zeros
 from hybridgen.kernels.pool import AttentionPool as AttentionPool
 
-HUGE_PAGE_BYTES = 2 << 20
 GROUP_TOKENS = 16  # keys that are repacked together
 MAX_HEAD_DIM = 512
 
@@ -75,6 +75,7 @@ class KVPages:
     layout: KVLayout
     k: Tensor  # [num_pages, num_layers, num_kv_heads, page_size, head_dim]
     v: Tensor  # like k
+    index: KVIndex | None = None  # of K; written as tokens are stored and pages copied
 
     def __post_init__(self) -> None:
         shape = self.layout.shape(self.num_pages)
@@ -89,31 +90,16 @@ class KVPages:
         return self.k.shape[0]
 
 
-def allocate_pages(layout: KVLayout, num_pages: int) -> KVPages:
-    """Zeroed pages. The system provides the memory piece by piece as it is written, in huge pages
-    where it grants them, so a large cache costs nothing at start-up.
+def allocate_pages(layout: KVLayout, num_pages: int, *, with_index: bool = False) -> KVPages:
+    """Zeroed pages, and an index of K if a policy is to read less than all of them. The system provides the memory
+    piece by piece as it is written, in huge pages where it grants them, so a large cache costs nothing at start-up.
 
     Raises:
         OSError: the address space or the overcommit limit does not allow it.
     """
     shape = layout.shape(num_pages)
-    return KVPages(layout, _map_zeros(shape, layout.dtype), _map_zeros(shape, layout.dtype))
-
-
-def _map_zeros(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    count = 1
-    for size in shape:
-        count *= size
-    if count == 0:
-        return torch.zeros(shape, dtype=dtype)
-    # Private: the kernel gives huge pages to shared mappings by another rule, which is mostly "never".
-    num_bytes = count * dtype.itemsize + HUGE_PAGE_BYTES
-    region = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    region.madvise(mmap.MADV_HUGEPAGE)
-    # The tensor keeps the mapping alive; skip to the first huge-page boundary in it.
-    whole = torch.frombuffer(region, dtype=torch.uint8)
-    skipped = -whole.data_ptr() % HUGE_PAGE_BYTES
-    return whole[skipped : skipped + count * dtype.itemsize].view(dtype).view(shape)
+    index = allocate_index(layout, num_pages) if with_index else None
+    return KVPages(layout, map_zeros(shape, layout.dtype), map_zeros(shape, layout.dtype), index)
 
 
 def copy_pages(
@@ -149,6 +135,8 @@ def copy_pages(
         target_pages,
         source.layout.page_bytes // 2,
     )
+    if target.index is not None:
+        build_index(pool, target.layout, target.k, target.v, target.index, target_pages)
 
 
 class Ticket:
@@ -156,7 +144,7 @@ class Ticket:
 
     __slots__ = ("_handle", "_lse", "_out", "_q")
 
-    def __init__(self, handle: _cpu.Attend, q: Tensor, out: Tensor, lse: Tensor) -> None:
+    def __init__(self, handle: _cpu.Attend | _cpu.MassAttend, q: Tensor, out: Tensor, lse: Tensor) -> None:
         self._handle = handle
         self._q = q
         self._out = out
@@ -214,10 +202,11 @@ class AttentionStep:
         layout = pages.layout
         self.num_tokens = int(begins[-1])
         self.num_heads = num_heads
+        self.pool = pool
         self.pages = pages
         self._q_shape = (self.num_tokens, num_heads, layout.head_dim)
         self._kv_shape = (self.num_tokens, layout.num_kv_heads, layout.head_dim)
-        self._handle = _cpu.Step(
+        self.handle = _cpu.Step(
             pool.handle,
             layout.num_layers,
             layout.num_kv_heads,
@@ -237,6 +226,8 @@ class AttentionStep:
             num_heads,
             scale,
         )
+        if pages.index is not None:
+            self.handle.keep_index(pool.isa, pages.index.k.data_ptr(), pages.index.v_sum.data_ptr())
 
     def store(self, layer: int, k: Tensor, v: Tensor) -> None:
         """Write this step's keys and values to their slots, those that are on this tier.
@@ -246,7 +237,7 @@ class AttentionStep:
         """
         k_stride = self._row_stride(k, self._kv_shape)
         v_stride = self._row_stride(v, self._kv_shape)
-        self._handle.store(layer, k.data_ptr(), k_stride, v.data_ptr(), v_stride)
+        self.handle.store(layer, k.data_ptr(), k_stride, v.data_ptr(), v_stride)
 
     @overload
     def attend(
@@ -300,7 +291,7 @@ class AttentionStep:
             out = torch.empty(self._q_shape, dtype=out_dtype)
         out_stride = self._row_stride(out, self._q_shape, out_dtype)
         lse = torch.empty(self._q_shape[:2], dtype=torch.float32) if return_lse else None
-        self._handle.attend(
+        self.handle.attend(
             layer,
             q.data_ptr(),
             q_stride,
@@ -320,10 +311,10 @@ class AttentionStep:
         Args:
             q: [tokens, num_heads, head_dim]; rows may be apart. Not to be changed before the result is there.
         """
-        q_stride = self._row_stride(q, self._q_shape)
+        q_stride = self.query_stride(q)
         out = torch.empty(self._q_shape, dtype=torch.float32)
         lse = torch.empty(self._q_shape[:2], dtype=torch.float32)
-        handle = self._handle.submit(
+        handle = self.handle.submit(
             layer,
             q.data_ptr(),
             q_stride,
@@ -335,6 +326,14 @@ class AttentionStep:
             soft_cap,
         )
         return Ticket(handle, q, out, lse)
+
+    def query_stride(self, q: Tensor) -> int:
+        """Elements between the rows of q, which is to be [tokens, num_heads, head_dim] and of the pages' dtype.
+
+        Raises:
+            ValueError: it is not.
+        """
+        return self._row_stride(q, self._q_shape)
 
     def _row_stride(self, rows: Tensor, shape: tuple[int, int, int], dtype: torch.dtype | None = None) -> int:
         row, head, dim = rows.stride() if rows.dim() == 3 else (0, 0, 0)

@@ -1,8 +1,9 @@
-// The index of K in Python; wrapped by kernels/index.py.
+// The index of K and the mass policy in Python; wrapped by kernels/index.py and kernels/policies/mass.py.
 #include "bind_mass.h"
 
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/tuple.h>
+#include <nanobind/stl/unique_ptr.h>
 #include <nanobind/stl/vector.h>
 
 #include <stdexcept>
@@ -11,6 +12,7 @@
 
 #include "index.h"
 #include "isa.h"
+#include "mass.h"
 #include "pool.h"
 
 namespace nb = nanobind;
@@ -137,6 +139,51 @@ void bind_mass(nb::module_& m) {
       .def("select", &IndexPages::select, nb::arg("isa"), nb::arg("q"), nb::arg("group"), nb::arg("scale"),
            nb::arg("soft_cap"), nb::arg("layer_head"), nb::arg("block_table"), nb::arg("num_tokens"),
            nb::arg("num_sinks"), nb::arg("always_begin"), nb::arg("mass"));
+
+  // Of all layers, since the last read: count, sum, minimum, scanned, attended, widened, full of each.
+  using StatsTuple = std::tuple<int64_t, double, double, int64_t, int64_t, int64_t, int64_t>;
+  nb::class_<MassRecord>(m, "MassRecord")
+      .def(
+          "__init__",
+          [](MassRecord* self, int32_t num_layers) {
+            new (self) MassRecord{std::vector<MassStats>(static_cast<size_t>(num_layers))};
+          },
+          nb::arg("num_layers"))
+      .def("read", [](MassRecord& self) {
+        std::vector<StatsTuple> layers;
+        for (MassStats& layer : self.layers) {
+          layers.emplace_back(layer.count, layer.sum, layer.minimum, layer.scanned, layer.attended, layer.widened,
+                              layer.full);
+          layer = {};
+        }
+        return layers;
+      });
+
+  nb::class_<MassStep>(m, "MassStep")
+      .def(
+          "__init__",
+          [](MassStep* self, const Step& step, uintptr_t index, uintptr_t v_sum, const std::string& isa, double mass,
+             double floor, bool tail, int32_t num_sinks, int32_t min_tokens, MassRecord& record) {
+            new (self) MassStep(step, {pointer<std::byte>(index), pointer<float>(v_sum)}, isa,
+                                {mass, floor, tail, num_sinks, min_tokens}, record);
+          },
+          nb::arg("step"), nb::arg("index"), nb::arg("v_sum"), nb::arg("isa"), nb::arg("mass"), nb::arg("floor"),
+          nb::arg("tail"), nb::arg("num_sinks"), nb::arg("min_tokens"), nb::arg("record"), nb::keep_alive<1, 2>(),
+          nb::keep_alive<1, 11>())
+      .def_prop_ro("num_scanned", &MassStep::num_scanned)
+      .def(
+          "submit",
+          [](MassStep& self, int32_t layer, uintptr_t q, int64_t q_stride, uintptr_t out, int64_t out_stride,
+             uintptr_t lse, float soft_cap) {
+            return self.submit({layer, pointer<std::byte>(q), q_stride, pointer<std::byte>(out), out_stride, true,
+                                pointer<float>(lse), 0, soft_cap});
+          },
+          nb::arg("layer"), nb::arg("q"), nb::arg("q_stride"), nb::arg("out"), nb::arg("out_stride"), nb::arg("lse"),
+          nb::arg("soft_cap"), nb::keep_alive<0, 1>(), nb::call_guard<nb::gil_scoped_release>());
+
+  nb::class_<MassStep::Attend>(m, "MassAttend")
+      .def("wait", &MassStep::Attend::wait, nb::call_guard<nb::gil_scoped_release>())
+      .def("is_done", &MassStep::Attend::is_done);
 }
 
 }  // namespace hybridgen

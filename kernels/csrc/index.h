@@ -40,6 +40,17 @@ constexpr int kKeyShift = 3;                      // keys to a bin: 16 bins to a
 constexpr int kAlwaysBin = ((127 << 7) >> kKeyShift) - (kLowestKey >> kKeyShift) + 1;
 constexpr int kBins = (kAlwaysBin + 16) / 16 * 16;
 
+constexpr int32_t bin_of(uint32_t key) {  // 0x10000, past every key: kBins
+  if (key >= 0x10000) return kBins;
+  const auto bin = static_cast<int32_t>(key >> kKeyShift) - static_cast<int32_t>(kLowestKey >> kKeyShift);
+  return bin < 0 ? 0 : bin > kAlwaysBin ? kAlwaysBin : bin;
+}
+
+struct Index {  // of a tier's pages
+  std::byte* k = nullptr;  // [num_pages, num_layers, num_kv_heads, page_size / 16, group_bytes]  null: there is none
+  float* v_sum = nullptr;  // [num_pages, num_layers, num_kv_heads, head_dim]
+};
+
 // A KV head's queries for the scan. Written by `prepare` into index_query_bytes(group, head_dim) bytes.
 struct IndexQuery {
   int32_t group;   // query heads

@@ -143,6 +143,11 @@ NB_MODULE(_cpu, m) {
           },
           nb::keep_alive<1, 2>())
       .def(
+          "keep_index",
+          [](Step& self, const std::string& isa, uintptr_t index, uintptr_t v_sum) {
+            self.keep_index({pointer<std::byte>(index), pointer<float>(v_sum)}, find_index_kernels(isa));
+          })
+      .def(
           "store",
           [](Step& self, int32_t layer, uintptr_t k, int64_t k_stride, uintptr_t v, int64_t v_stride) {
             self.store(layer, pointer<std::byte>(k), k_stride, pointer<std::byte>(v), v_stride);

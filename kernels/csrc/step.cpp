@@ -79,6 +79,7 @@ Step::Step(Pool& pool, const Layout& layout, std::byte* k_pages, std::byte* v_pa
       const bool here = position >= 0 && before[page + 1] > before[page];
       slots_.push_back(here ? int64_t{pages[before[page]]} * layout.page_size + position % layout.page_size : -1);
       key_end_.push_back(key_at(seq, position + 1));
+      if (here && (position + 1) % layout.page_size == 0) filled_.push_back(static_cast<int32_t>(slots_.size()) - 1);
     }
   }
   pages_begin_.push_back(static_cast<int64_t>(pages_.size()));
@@ -119,7 +120,22 @@ void Step::store_tokens(int32_t layer, const std::byte* k, int64_t k_stride, con
       std::byte* v_out = v_pages_ + out;
       std::memcpy(k_out, k_in, static_cast<size_t>(row_bytes));
       std::memcpy(v_out, v_in, static_cast<size_t>(row_bytes));
+      if (index_.k == nullptr) continue;
+      const int64_t piece = (slots_[token] / layout_.page_size * layout_.num_layers + layer) * layout_.num_kv_heads + head;
+      index_kernels_->quantize[static_cast<int>(layout_.dtype)](
+          k_out, layout_.head_dim, 1, offset, layout_.head_dim,
+          index_.k + piece * (layout_.page_size / kIndexGroup) * index_group_bytes(layout_.head_dim));
     }
+  }
+}
+
+// Of the page that this token fills.
+void Step::sum_pages(int32_t layer, int32_t token) const {
+  for (int32_t head = 0; head < layout_.num_kv_heads; ++head) {
+    const int64_t piece = (slots_[token] / layout_.page_size * layout_.num_layers + layer) * layout_.num_kv_heads + head;
+    index_kernels_->sum_page[static_cast<int>(layout_.dtype)](
+        v_pages_ + piece * layout_.head_elements() * dtype_bytes(layout_.dtype), layout_.page_size, layout_.head_dim,
+        index_.v_sum + piece * layout_.head_dim);
   }
 }
 
@@ -145,17 +161,33 @@ void Step::store(int32_t layer, const std::byte* k, int64_t k_stride, const std:
                             std::min(c.num_tokens, (item + 1) * kStoreTokens));
       },
       &call, 0, bytes < (int64_t{128} << 10));
+  if (index_.k == nullptr) return;
+  pool_.run(  // a page's tokens may have been stored by several items
+      static_cast<int32_t>(filled_.size()),
+      [](const void* context, int32_t item, std::byte*) {
+        const Call& c = *static_cast<const Call*>(context);
+        c.step.sum_pages(c.layer, c.step.filled_[static_cast<size_t>(item)]);
+      },
+      &call, 0, bytes < (int64_t{128} << 10));
+}
+
+void Step::check(const Queries& queries) const {
+  check_layer(queries.layer);
+  if (queries.sliding_window < 0) throw std::invalid_argument("sliding_window must not be negative");
+  if (!(queries.soft_cap >= 0.0f)) throw std::invalid_argument("soft_cap must not be negative");
 }
 
 const Step::Plan& Step::plan(const Queries& queries) {
-  check_layer(queries.layer);
-  const int32_t sliding_window = queries.sliding_window;
-  if (sliding_window < 0) throw std::invalid_argument("sliding_window must not be negative");
-  if (!(queries.soft_cap >= 0.0f)) throw std::invalid_argument("soft_cap must not be negative");
+  check(queries);
   std::lock_guard<std::mutex> lock(plans_mutex_);
   for (const auto& plan : plans_) {
-    if (plan->sliding_window == sliding_window) return *plan;
+    if (plan->sliding_window == queries.sliding_window) return *plan;
   }
+  plans_.push_back(make_plan(queries.sliding_window, {}));
+  return *plans_.back();
+}
+
+std::unique_ptr<Step::Plan> Step::make_plan(int32_t sliding_window, const std::vector<char>& skip) const {
   auto plan = std::make_unique<Plan>();
   plan->sliding_window = sliding_window;
   const int32_t group = num_heads_ / layout_.num_kv_heads;
@@ -167,6 +199,7 @@ const Step::Plan& Step::plan(const Queries& queries) {
       const int32_t after = kv_len_[seq] - end + query + 1;
       plan->begin.push_back(sliding_window > 0 ? key_at(seq, after - sliding_window) : 0);
     }
+    if (!skip.empty() && skip[seq]) continue;
     for (int32_t query = begin; query < end; query += tile_queries) {
       Tile tile{};
       tile.seq = seq;
@@ -219,8 +252,7 @@ const Step::Plan& Step::plan(const Queries& queries) {
   plan->alone = seconds < kAloneSeconds;
   plan->partial_floats = floats;
   plan->scratch_bytes = attend_scratch_bytes(most_rows, layout_.head_dim);
-  plans_.push_back(std::move(plan));
-  return *plans_.back();
+  return plan;
 }
 
 Step::Attend::Attend(const Step& step, const Plan& plan, const Queries& queries)

@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "attend.h"
+#include "index.h"
 #include "pool.h"
 
 namespace hybridgen {
@@ -33,6 +34,12 @@ class Step {
   Step(const Step&) = delete;
   Step& operator=(const Step&) = delete;
 
+  // From now on `store` writes the index too.
+  void keep_index(const Index& index, const IndexKernels& kernels) {
+    index_ = index;
+    index_kernels_ = &kernels;
+  }
+
   // k, v: [tokens, num_kv_heads, head_dim] with `stride` elements between tokens.
   void store(int32_t layer, const std::byte* k, int64_t k_stride, const std::byte* v, int64_t v_stride);
 
@@ -54,6 +61,8 @@ class Step {
   std::unique_ptr<Attend> submit(const Queries& queries);
 
  private:
+  friend class MassStep;
+
   struct Tile {  // consecutive queries of one sequence
     int32_t seq;
     int32_t query;  // row of the first in q
@@ -80,15 +89,21 @@ class Step {
     bool alone;
   };
   int32_t key_at(int32_t seq, int32_t position) const;
+  void check(const Queries& queries) const;
   const Plan& plan(const Queries& queries);
+  // Of the sequences that `skip`, if not empty, does not name.
+  std::unique_ptr<Plan> make_plan(int32_t sliding_window, const std::vector<char>& skip) const;
   void store_tokens(int32_t layer, const std::byte* k, int64_t k_stride, const std::byte* v, int64_t v_stride,
                     int32_t begin, int32_t end) const;
+  void sum_pages(int32_t layer, int32_t token) const;
   void check_layer(int32_t layer) const;
 
   Pool& pool_;
   const Layout layout_;
   std::byte* const k_pages_;
   std::byte* const v_pages_;
+  Index index_;
+  const IndexKernels* index_kernels_ = nullptr;
   const int32_t num_heads_;
   const float scale_;
   std::vector<int32_t> query_begin_;  // [num_seqs + 1]
@@ -100,6 +115,7 @@ class Step {
   std::vector<int32_t> before_;       // for each entry of its block table and one more: pages of this tier before it
   std::vector<int32_t> key_end_;      // [tokens]  keys at the query's own and earlier positions
   std::vector<int64_t> slots_;        // [tokens]  page * page_size + offset; -1: the token is not on this tier
+  std::vector<int32_t> filled_;       // tokens that take the last slot of a page on this tier
   std::mutex plans_mutex_;  // between callers of submit
   std::vector<std::unique_ptr<Plan>> plans_;
 };

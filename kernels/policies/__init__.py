@@ -1,0 +1,1 @@
+"""How much of the host context a decode step reads, chosen by name."""

@@ -1,0 +1,26 @@
+"""What a policy is: it answers a layer's queries from one tier's pages, reading as much of them as it sees fit."""
+
+from typing import Protocol
+
+from torch import Tensor
+
+from hybridgen.kernels.attention import AttentionStep, Ticket
+
+
+class Policy(Protocol):
+    """One object serves all steps and layers of a model; steps follow one another."""
+
+    @property
+    def needs_index(self) -> bool:
+        """Whether pages must have been allocated with an index of K."""
+        ...
+
+    def submit(
+        self, step: AttentionStep, layer: int, q: Tensor, *, sliding_window: int = 0, soft_cap: float = 0.0
+    ) -> Ticket:
+        """Begin a layer's attention, as `AttentionStep.submit` does."""
+        ...
+
+    def end_step(self) -> None:
+        """The step is over: what was kept for its next layers can go."""
+        ...
