@@ -7,20 +7,16 @@ sequence, then attends exactly to the few tokens that matter.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from hybridgen.kernels import _cpu
 from hybridgen.kernels.isa import select_isa
+from hybridgen.kernels.layout import GROUP_TOKENS, KVLayout
 from hybridgen.kernels.memory import map_zeros
 from hybridgen.kernels.pool import AttentionPool
 
-if TYPE_CHECKING:
-    from hybridgen.kernels.attention import KVLayout
-
-GROUP_TOKENS = 16
 UNIT_TOKENS = 32
 
 
@@ -63,7 +59,7 @@ class NotEstimable(Exception):
     """A key or query is not finite, or too large to estimate logits with. Routine: attend to every token instead."""
 
 
-def allocate_index(layout: "KVLayout", num_pages: int) -> KVIndex:
+def allocate_index(layout: KVLayout, num_pages: int) -> KVIndex:
     """A zeroed index; as with `allocate_pages`, memory is provided as it is written.
 
     Raises:
@@ -78,7 +74,7 @@ def allocate_index(layout: "KVLayout", num_pages: int) -> KVIndex:
 
 
 def build_index(
-    pool: AttentionPool, layout: "KVLayout", k: Tensor, v: Tensor, index: KVIndex, pages: Sequence[int]
+    pool: AttentionPool, layout: KVLayout, k: Tensor, v: Tensor, index: KVIndex, pages: Sequence[int]
 ) -> None:
     """Quantise K and add up V of whole pages, all layers and heads; the same bits on every instruction set.
 
@@ -93,7 +89,7 @@ def build_index(
 
 
 def estimate(
-    layout: "KVLayout",
+    layout: KVLayout,
     index: KVIndex,
     q: Tensor,
     *,
@@ -132,7 +128,7 @@ def estimate(
 
 
 def select(
-    layout: "KVLayout",
+    layout: KVLayout,
     index: KVIndex,
     q: Tensor,
     *,
@@ -173,7 +169,7 @@ def select(
     return Selection(torch.tensor(tokens, dtype=torch.int32), torch.tensor(lse), torch.tensor(rest))
 
 
-def _handle(layout: "KVLayout", index: KVIndex) -> _cpu.IndexPages:
+def _handle(layout: KVLayout, index: KVIndex) -> _cpu.IndexPages:
     return _cpu.IndexPages(
         str(layout.dtype).removeprefix("torch."),
         layout.num_layers,

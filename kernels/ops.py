@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from hybridgen.kernels import _cpu
-from hybridgen.kernels.attention import DTYPE_NAMES
 from hybridgen.kernels.isa import select_isa
+from hybridgen.kernels.layout import DTYPE_NAMES
 from hybridgen.kernels.pool import AttentionPool
 
 
