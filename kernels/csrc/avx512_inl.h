@@ -88,48 +88,62 @@ inline void softmax_avx512(float* scores, int begin, int end, int num, float sca
 
 inline __mmask16 first_lanes(int num) { return static_cast<__mmask16>(0xffffu >> (16 - num)); }
 
-// Brings the same four 32-bit words of 16 rows together: lane L of vector i has those of row 4L + i, for i < 4. Calls
-// emit(word, i, words) for word = 0, 4, .. below num_words; past the end of a row there are zeros.
+// Brings the same four 32-bit words of 16 rows together: lane L of vector i has those of row 4i + L, for i < 4. Calls
+// emit(word, i, words) for word = 0, 4, .. below num_words; past the end of a row there are zeros. Rows are read one
+// after another, whole lines at a time: the hardware's prefetchers know no other pattern.
 template <class Row, class Emit>
 inline __attribute__((always_inline)) void gather_words(Row&& row, int num_words, Emit&& emit) {
-  const int whole = num_words / 4 * 4;
-  const auto tail = static_cast<__mmask8>(0xf >> (4 - (num_words - whole)));
+  const int whole = num_words / 16 * 16;
   for (int i = 0; i < 4; ++i) {
-    const auto* a = reinterpret_cast<const char*>(row(i));
-    const auto* b = reinterpret_cast<const char*>(row(4 + i));
-    const auto* c = reinterpret_cast<const char*>(row(8 + i));
-    const auto* d = reinterpret_cast<const char*>(row(12 + i));
-    auto load = [](const char* p) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(p)); };
-#pragma GCC unroll 4
-    for (int word = 0; word < whole; word += 4) {
-      const int64_t at = static_cast<int64_t>(word) * 4;
-      // Masked broadcasts from memory leave the shuffle units alone, which insertions do not.
-      __m512i words = _mm512_castsi128_si512(load(a + at));
-      words = _mm512_mask_broadcast_i32x4(words, 0x00f0, load(b + at));
-      words = _mm512_mask_broadcast_i32x4(words, 0x0f00, load(c + at));
-      emit(word, i, _mm512_mask_broadcast_i32x4(words, 0xf000, load(d + at)));
+    const auto* a = reinterpret_cast<const int*>(row(4 * i));
+    const auto* b = reinterpret_cast<const int*>(row(4 * i + 1));
+    const auto* c = reinterpret_cast<const int*>(row(4 * i + 2));
+    const auto* d = reinterpret_cast<const int*>(row(4 * i + 3));
+    auto transpose = [&](int word, int end, __m512i va, __m512i vb, __m512i vc, __m512i vd) __attribute__((always_inline)) {
+      const __m512i ab_low = _mm512_shuffle_i32x4(va, vb, 0b01000100);   // a0 a1 b0 b1
+      const __m512i ab_high = _mm512_shuffle_i32x4(va, vb, 0b11101110);  // a2 a3 b2 b3
+      const __m512i cd_low = _mm512_shuffle_i32x4(vc, vd, 0b01000100);
+      const __m512i cd_high = _mm512_shuffle_i32x4(vc, vd, 0b11101110);
+      emit(word, i, _mm512_shuffle_i32x4(ab_low, cd_low, 0b10001000));
+      if (word + 4 < end) emit(word + 4, i, _mm512_shuffle_i32x4(ab_low, cd_low, 0b11011101));
+      if (word + 8 < end) emit(word + 8, i, _mm512_shuffle_i32x4(ab_high, cd_high, 0b10001000));
+      if (word + 12 < end) emit(word + 12, i, _mm512_shuffle_i32x4(ab_high, cd_high, 0b11011101));
+    };
+    int word = 0;
+    for (; word + 32 <= whole; word += 32) {
+      const __m512i lines[8] = {
+          _mm512_loadu_si512(a + word), _mm512_loadu_si512(a + word + 16), _mm512_loadu_si512(b + word),
+          _mm512_loadu_si512(b + word + 16), _mm512_loadu_si512(c + word), _mm512_loadu_si512(c + word + 16),
+          _mm512_loadu_si512(d + word), _mm512_loadu_si512(d + word + 16)};
+      asm volatile("" ::: "memory");  // in this order
+      transpose(word, word + 16, lines[0], lines[2], lines[4], lines[6]);
+      transpose(word + 16, word + 32, lines[1], lines[3], lines[5], lines[7]);
+    }
+    for (; word < whole; word += 16) {
+      transpose(word, word + 16, _mm512_loadu_si512(a + word), _mm512_loadu_si512(b + word),
+                _mm512_loadu_si512(c + word), _mm512_loadu_si512(d + word));
     }
     if (whole < num_words) {
-      const int64_t at = static_cast<int64_t>(whole) * 4;
-      __m512i words = _mm512_castsi128_si512(_mm_maskz_loadu_epi32(tail, a + at));
-      words = _mm512_inserti32x4(words, _mm_maskz_loadu_epi32(tail, b + at), 1);
-      words = _mm512_inserti32x4(words, _mm_maskz_loadu_epi32(tail, c + at), 2);
-      emit(whole, i, _mm512_inserti32x4(words, _mm_maskz_loadu_epi32(tail, d + at), 3));
+      const auto tail = static_cast<__mmask16>(0xffffu >> (16 - (num_words - whole)));
+      transpose(whole, num_words, _mm512_maskz_loadu_epi32(tail, a + whole), _mm512_maskz_loadu_epi32(tail, b + whole),
+                _mm512_maskz_loadu_epi32(tail, c + whole), _mm512_maskz_loadu_epi32(tail, d + whole));
     }
   }
 }
 
-// Sums of the four words in each lane, for four vectors: word i of lane L is the sum of lane L of the i-th vector.
+// Sums of the four words in each lane, for four vectors: word 4i + L is the sum of lane L of the i-th vector.
 inline __m512 sum_lanes(__m512 a, __m512 b, __m512 c, __m512 d) {
   const __m512 ab = _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
   const __m512 cd = _mm512_add_ps(_mm512_unpacklo_ps(c, d), _mm512_unpackhi_ps(c, d));
-  return _mm512_add_ps(_mm512_shuffle_ps(ab, cd, 0b01000100), _mm512_shuffle_ps(ab, cd, 0b11101110));
+  const __m512 sums = _mm512_add_ps(_mm512_shuffle_ps(ab, cd, 0b01000100), _mm512_shuffle_ps(ab, cd, 0b11101110));
+  const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+  return _mm512_permutexvar_ps(order, sums);
 }
 
 struct Avx512Base {
   static constexpr int kScoreRows = 6;  // 24 accumulators, 4 vectors of pairs and a broadcast fill the 32 registers
   static constexpr int kRows = 6;
   static constexpr int kVectors = 4;
-  // To L2: prefetches to L1 share its few miss buffers with the loads, and streaming gets half as fast.
-  static void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T1); }
+  // Not to L1: that shares its few miss buffers with the loads, and streaming gets half as fast.
+  static void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T2); }
 };
