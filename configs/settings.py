@@ -260,6 +260,32 @@ class Settings(BaseSettings):
         ge=0,
         unit="pages",
     )
+    host_attention: Literal["exact", "mass"] = _setting(
+        "KV cache",
+        "How much of the host pages is read: `exact` all; `mass` an 8-bit index of every token, then only the tokens "
+        "that hold most of the softmax mass.",
+        default="exact",
+    )
+    attention_mass: float = _setting(
+        "KV cache",
+        "Share of the softmax mass that `mass` attends to, on average over the heads that share keys.",
+        default=0.99,
+        gt=0,
+        lt=1,
+    )
+    attention_mass_floor: float | None = _setting(
+        "KV cache",
+        "Share that every head attends to at least: more tokens are read until it does, in the end all.",
+        default=None,
+        default_text="half as close to 1",
+        gt=0,
+        lt=1,
+    )
+    attention_tail: bool = _setting(
+        "KV cache",
+        "Let `mass` count the tokens that it leaves out with their estimated mass and mean values.",
+        default=True,
+    )
     enable_prefix_caching: bool = _setting(
         "KV cache",
         "Keep the KV of finished requests and reuse it for prompts that begin alike.",
@@ -429,6 +455,10 @@ class EngineSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     num_device_pages: int = 0
     num_host_pages: int | None = None  # None: as many as kv_cache_memory_bytes holds
     num_sink_pages: int = 1  # first pages of a sequence that stay on the device
+    host_attention: Literal["exact", "mass"] = "exact"
+    attention_mass: float = 0.99
+    attention_mass_floor: float | None = None  # None: twice as much may be left out as on average
+    attention_tail: bool = True
     kv_cache_memory_bytes: int = 4 << 30
     enable_prefix_caching: bool = True
     seed: int = 0
@@ -452,6 +482,10 @@ def engine_settings(settings: Settings) -> EngineSettings:
         num_device_pages=settings.device_pages,
         num_host_pages=settings.host_pages,
         num_sink_pages=settings.sink_pages,
+        host_attention=settings.host_attention,
+        attention_mass=settings.attention_mass,
+        attention_mass_floor=settings.attention_mass_floor,
+        attention_tail=settings.attention_tail,
         kv_cache_memory_bytes=settings.kv_cache_memory_bytes,
         enable_prefix_caching=settings.enable_prefix_caching,
         seed=settings.seed,

@@ -22,6 +22,9 @@ from hybridgen.engine.request import Ready
 from hybridgen.engine.runner import ModelRunner
 from hybridgen.engine.sampler import Sampler
 from hybridgen.engine.weights import WeightError, dummy_weights, load_weights, resolve_model
+from hybridgen.kernels.policies.base import Policy
+from hybridgen.kernels.policies.exact import ExactPolicy
+from hybridgen.kernels.policies.mass import MassPolicy
 from hybridgen.kernels.pool import AttentionPool
 from hybridgen.scheduler.scheduler import Scheduler
 
@@ -45,11 +48,13 @@ def build_engine(settings: EngineSettings) -> EngineCore:
     layout = kv_layout(spec, settings.page_size, dtype)
     # Rotary positions have no table that ends, but beyond max_position_embeddings the model was never trained.
     wanted_len = settings.max_model_len or spec.max_positions
+    policy = make_policy(settings, spec.num_layers)
     num_device_pages = settings.num_device_pages
     num_host_pages = choose_num_host_pages(
         layout,
         num_device_pages=num_device_pages,
         num_host_pages=settings.num_host_pages,
+        with_index=policy.needs_index,
         cache_bytes=settings.kv_cache_memory_bytes,
         useful_tokens=wanted_len * settings.max_num_seqs,
         available_bytes=available_host_bytes() - spec.num_parameters() * dtype.itemsize,
@@ -68,7 +73,14 @@ def build_engine(settings: EngineSettings) -> EngineCore:
         weights = load_weights(folder, spec, dtype=dtype, device=device, show_progress=True)
     pool = AttentionPool(num_threads=settings.threads)
     decoder = Decoder(spec, weights, max_model_len=max_model_len, pool=pool)
-    store = KVStore(spec, layout, num_device_pages=num_device_pages, num_host_pages=num_host_pages, pool=pool)
+    store = KVStore(
+        spec,
+        layout,
+        num_device_pages=num_device_pages,
+        num_host_pages=num_host_pages,
+        pool=pool,
+        policy=policy,
+    )
     num_pages = num_device_pages + num_host_pages
     eos_token_ids = find_eos_token_ids(folder, config)
     ready = Ready(
@@ -112,6 +124,22 @@ def build_engine(settings: EngineSettings) -> EngineCore:
         ready=ready,
         eos_token_ids=eos_token_ids,
         seed=settings.seed,
+    )
+
+
+def make_policy(settings: EngineSettings, num_layers: int) -> Policy:
+    """What reads the host pages.
+
+    Raises:
+        ValueError: the floor exceeds the mass.
+    """
+    if settings.host_attention == "exact":
+        return ExactPolicy()
+    return MassPolicy(
+        num_layers,
+        mass=settings.attention_mass,
+        floor=settings.attention_mass_floor,
+        tail=settings.attention_tail,
     )
 
 

@@ -144,6 +144,7 @@ class EngineCore:
     def stats(self) -> EngineStats:
         """Counts for metrics, as of now."""
         scheduler, pages = self._scheduler, self._scheduler.pages
+        retained = self._runner.retained
         return EngineStats(
             num_running=scheduler.num_running,
             num_waiting=scheduler.num_waiting,
@@ -158,6 +159,11 @@ class EngineCore:
             num_promoted_pages_total=pages.num_promoted_total,
             num_device_tokens_total=self._num_device_tokens,
             num_host_tokens_total=self._num_host_tokens,
+            num_measured_heads_total=retained.num_heads,
+            retained_mass_total=retained.mass,
+            lowest_retained_mass=retained.lowest,
+            num_scanned_tokens_total=retained.num_scanned,
+            num_selected_tokens_total=retained.num_selected,
             num_steps_total=self._num_steps,
             num_preemptions_total=scheduler.num_preemptions_total,
             num_prefix_queries_total=scheduler.num_prefix_queries_total,

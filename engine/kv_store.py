@@ -1,6 +1,7 @@
 """The tensors behind the scheduler's page numbers, and the attention over them."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -9,7 +10,11 @@ from torch import Tensor
 from hybridgen.engine.batch import Batch
 from hybridgen.engine.model_spec import ModelSpec
 from hybridgen.kernels.attention import AttentionStep, KVLayout, KVPages, allocate_pages, copy_pages
+from hybridgen.kernels.index import allocate_index
 from hybridgen.kernels.ops import merge
+from hybridgen.kernels.policies.base import Policy
+from hybridgen.kernels.policies.exact import ExactPolicy
+from hybridgen.kernels.policies.mass import MassPolicy
 from hybridgen.kernels.pool import AttentionPool
 from hybridgen.scheduler.step import PageMove
 
@@ -18,11 +23,25 @@ class NotEnoughMemory(Exception):
     """The KV cache asked for does not fit, or is too small to serve one sequence; the message has the numbers."""
 
 
+@dataclass(slots=True)
+class RetainedMass:
+    """Sums over all steps and layers; `lowest` is the last step's that measured any."""
+
+    num_heads: int = 0  # query heads measured
+    mass: float = 0.0  # the sum of theirs
+    lowest: float = 1.0
+    num_scanned: int = 0  # tokens per KV head
+    num_selected: int = 0
+
+
 class KVStore:
     """K and V pages of all layers on two tiers: device pages [0, num_device_pages), host pages after them.
 
     On a CPU both lie in its memory and the pool attends both; the device tier stands for one, so that what depends on
     the split runs as it does on two processors.
+
+    Args:
+        policy: reads the host pages, in full or in part.
     """
 
     def __init__(
@@ -33,11 +52,14 @@ class KVStore:
         num_device_pages: int,
         num_host_pages: int,
         pool: AttentionPool,
+        policy: Policy,
     ) -> None:
         self._spec = spec
         self._pool = pool
+        self._policy = policy
         self._device = allocate_pages(layout, num_device_pages)
-        self._host = allocate_pages(layout, num_host_pages)
+        self._host = allocate_pages(layout, num_host_pages, with_index=policy.needs_index)
+        self.retained = RetainedMass()
 
     def carry_out(self, moves: Sequence[PageMove]) -> None:
         """Copy pages from tier to tier, as if one after the other."""
@@ -69,7 +91,23 @@ class KVStore:
         num_device = self._device.num_pages
         device = self._step(batch, self._device, 0) if batch.has_device_pages else None
         host = self._step(batch, self._host, num_device) if batch.has_host_pages else None
-        return StepAttention(device, host, self._pool)
+        return StepAttention(device, host, self._policy, self._pool)
+
+    def end_step(self) -> None:
+        """The forward pass is over: let go of what was kept for it, and note what it retained."""
+        self._policy.end_step()
+        if not isinstance(self._policy, MassPolicy):
+            return
+        retained, lowest = self.retained, None
+        for layer in self._policy.stats():
+            if layer.count:
+                retained.num_heads += layer.count
+                retained.mass += layer.count * layer.mean
+                retained.num_scanned += layer.scanned
+                retained.num_selected += layer.attended
+                lowest = layer.minimum if lowest is None else min(lowest, layer.minimum)
+        if lowest is not None:
+            retained.lowest = lowest
 
     def _step(self, batch: Batch, pages: KVPages, first_page: int) -> AttentionStep:
         return AttentionStep(
@@ -88,8 +126,11 @@ class KVStore:
 class StepAttention:
     """One step's attention over the tiers that its pages lie on: the partials of both, merged exactly."""
 
-    def __init__(self, device: AttentionStep | None, host: AttentionStep | None, pool: AttentionPool) -> None:
+    def __init__(
+        self, device: AttentionStep | None, host: AttentionStep | None, policy: Policy, pool: AttentionPool
+    ) -> None:
         assert device is not None or host is not None, "a step without pages"
+        self._policy = policy
         self._pool = pool
         self._device = device
         self._host = host
@@ -111,11 +152,13 @@ class StepAttention:
     def attend(self, layer: int, q: Tensor, *, sliding_window: int = 0) -> Tensor:
         """q [tokens, heads, head_dim] -> the same shape."""
         device, host = self._device, self._host
-        if host is None or device is None:
+        if host is None or (device is None and isinstance(self._policy, ExactPolicy)):
             only = device or host
             assert only is not None
             return only.attend(layer, q, sliding_window=sliding_window)
-        ticket = host.submit(layer, q, sliding_window=sliding_window)
+        ticket = self._policy.submit(host, layer, q, sliding_window=sliding_window)
+        if device is None:
+            return ticket.wait()[0].to(q.dtype)
         device_out, device_lse = device.attend(layer, q, sliding_window=sliding_window, return_lse=True)
         host_out, host_lse = ticket.wait()
         out = torch.empty(q.shape, dtype=q.dtype)
@@ -142,6 +185,7 @@ def choose_num_host_pages(
     *,
     num_device_pages: int,
     num_host_pages: int | None,
+    with_index: bool,
     cache_bytes: int,
     useful_tokens: int,
     available_bytes: int,
@@ -150,19 +194,22 @@ def choose_num_host_pages(
 
     Args:
         num_device_pages: taken from the same memory.
+        with_index: whether host pages come with an index of K.
         useful_tokens: of as many slots every sequence of the fullest batch has its own; more are not allocated.
         available_bytes: memory that may be taken.
 
     Raises:
         NotEnoughMemory: the pages exceed the memory.
     """
+    host_page_bytes = layout.page_bytes + (allocate_index(layout, 1).page_bytes if with_index else 0)
     if num_host_pages is None:
         useful_pages = -(-useful_tokens // layout.page_size)
-        num_host_pages = min(cache_bytes // layout.page_bytes, useful_pages)
-    num_pages = num_device_pages + num_host_pages
-    if num_pages * layout.page_bytes > available_bytes:
+        num_host_pages = min(cache_bytes // host_page_bytes, useful_pages)
+    num_bytes = num_device_pages * layout.page_bytes + num_host_pages * host_page_bytes
+    if num_bytes > available_bytes:
+        num_pages = num_device_pages + num_host_pages
         raise NotEnoughMemory(
-            f"a KV cache of {num_pages} pages takes {num_pages * layout.page_bytes} bytes; {available_bytes} bytes of "
+            f"a KV cache of {num_pages} pages takes {num_bytes} bytes; {available_bytes} bytes of "
             "memory are available. Lower --kv-cache-memory-bytes, --host-pages or --device-pages"
         )
     return num_host_pages

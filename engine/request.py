@@ -217,6 +217,14 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
     # Keys attended, each once a step for its sequence, by where they lay.
     num_device_tokens_total: int = 0
     num_host_tokens_total: int = 0
+    # Of the policy that reads the host pages in part: query heads whose retained softmax mass was measured, the sum
+    # of it, and the smallest of the last step that measured any.
+    num_measured_heads_total: int = 0
+    retained_mass_total: float = 0.0
+    lowest_retained_mass: float = 1.0
+    # Tokens per KV head, of these heads' sequences: looked up in the index, and attended.
+    num_scanned_tokens_total: int = 0
+    num_selected_tokens_total: int = 0
     num_steps_total: int = 0
     num_preemptions_total: int = 0
     num_prefix_queries_total: int = 0  # prompt tokens looked up

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from hybridgen.engine.batch import BatchBuilder
-from hybridgen.engine.kv_store import KVStore
+from hybridgen.engine.kv_store import KVStore, RetainedMass
 from hybridgen.engine.model import Decoder
 from hybridgen.scheduler.step import Step
 
@@ -59,9 +59,15 @@ class ModelRunner:
             begin = end
         wanted = torch.tensor(rows, dtype=torch.int64, device=self._device)
         hidden = self._decoder.forward(batch.tokens, batch.positions, batch.prompt_lens, attention, wanted)
+        self._store.end_step()
         if not scored:
             return self._decoder.logits(hidden), {}
         return self._decoder.logits(hidden[sampled]), {key: hidden[span] for key, span in scored.items()}
+
+    @property
+    def retained(self) -> RetainedMass:
+        """What attention kept of the host pages' softmax mass, all steps together."""
+        return self._store.retained
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[rows, embed] -> [rows, vocab]."""

@@ -15,7 +15,13 @@ from prometheus_client import (
     ProcessCollector,
     generate_latest,
 )
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
+from prometheus_client.core import (
+    CounterMetricFamily,
+    GaugeMetricFamily,
+    HistogramMetricFamily,
+    Metric,
+    SummaryMetricFamily,
+)
 from prometheus_client.registry import Collector
 
 from hybridgen.engine.request import EngineStats, FinishReason
@@ -68,11 +74,11 @@ class MonotonicStats:
     """Adds up `EngineStats` totals across engines: a new one counts from 0, and a counter must not fall."""
 
     def __init__(self) -> None:
-        self._base: dict[str, int] = {}
-        self._last: dict[str, int] = {}
+        self._base: dict[str, float] = {}
+        self._last: dict[str, float] = {}
 
-    def total(self, stats: EngineStats, name: str) -> int:
-        value: int = getattr(stats, name)
+    def total(self, stats: EngineStats, name: str) -> float:
+        value: float = getattr(stats, name)
         last = self._last.get(name, 0)
         if value < last:
             self._base[name] = self._base.get(name, 0) + last
@@ -109,6 +115,12 @@ _ENGINE_METRICS = (
     ),
     _EngineMetric(
         GaugeMetricFamily,
+        "hybridgen:lowest_retained_mass",
+        "Least softmax mass that a query head attended to in the last step that measured it.",
+        lambda stats, _: stats.lowest_retained_mass,
+    ),
+    _EngineMetric(
+        GaugeMetricFamily,
         "vllm:kv_cache_usage_perc",
         "Share of KV pages, over both tiers, that sequences hold; 1 is all. Cached prefixes count as free.",
         lambda stats, _: _num_held_pages(stats) / max(stats.num_pages, 1),
@@ -142,6 +154,18 @@ _ENGINE_METRICS = (
         "vllm:num_preemptions",
         "Sequences preempted because pages ran out.",
         lambda stats, totals: totals.total(stats, "num_preemptions_total"),
+    ),
+    _EngineMetric(
+        CounterMetricFamily,
+        "hybridgen:index_tokens_scanned",
+        "Tokens looked up in the index of the host pages, per layer and KV head.",
+        lambda stats, totals: totals.total(stats, "num_scanned_tokens_total"),
+    ),
+    _EngineMetric(
+        CounterMetricFamily,
+        "hybridgen:index_tokens_selected",
+        "Of these the tokens attended to.",
+        lambda stats, totals: totals.total(stats, "num_selected_tokens_total"),
     ),
     _EngineMetric(
         CounterMetricFamily,
@@ -233,6 +257,18 @@ class Metrics(Collector):
         for tier in ("device", "host"):
             attended.add_metric([*values, tier], self._totals.total(stats, f"num_{tier}_tokens_total"))
         yield attended
+
+        retained = SummaryMetricFamily(
+            "hybridgen:retained_mass",
+            "Softmax mass of a sequence's host pages that a query head attended to, where it was measured.",
+            labels=names,
+        )
+        retained.add_metric(
+            values,
+            count_value=int(self._totals.total(stats, "num_measured_heads_total")),
+            sum_value=self._totals.total(stats, "retained_mass_total"),
+        )
+        yield retained
 
         finished = CounterMetricFamily(
             "vllm:request_success", "Finished choices by reason.", labels=[*names, "finished_reason"]

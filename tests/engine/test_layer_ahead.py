@@ -15,6 +15,7 @@ from hybridgen.engine.model import Attention, Decoder
 from hybridgen.engine.model_spec import spec_from_config
 from hybridgen.engine.weights import load_weights
 from hybridgen.kernels.linear import Linear
+from hybridgen.kernels.policies.exact import ExactPolicy
 from hybridgen.kernels.pool import AttentionPool
 from hybridgen.scheduler.step import Step, StepSequence
 from tests.models import CONFIGS, save_model
@@ -53,7 +54,7 @@ def run(folder: Path, rows: Tensor | None, *, layer_ahead: bool = True) -> tuple
     weights = load_weights(folder, spec, dtype=torch.float32, device=CPU)
     decoder = Decoder(spec, weights, max_model_len=64, pool=pool, layer_ahead=layer_ahead)
     layout = kv_layout(spec, 16, torch.float32)
-    store = KVStore(spec, layout, num_device_pages=0, num_host_pages=4, pool=pool)
+    store = KVStore(spec, layout, num_device_pages=0, num_host_pages=4, pool=pool, policy=ExactPolicy())
     table = (0, 1, 2)
     part = StepSequence(0, 0, len(TOKENS), table, 0, samples=True)
     batch = BatchBuilder(CPU).build(Step((part,)), {0: TOKENS}, {0: len(TOKENS)})

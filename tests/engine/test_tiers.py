@@ -208,3 +208,52 @@ def test_a_device_too_small_for_the_sinks_is_refused_with_the_numbers(folders: A
     with pytest.raises(NotEnoughMemory, match=r"needs 3 device pages, the 2 of --sink-pages .* is 2"):
         engine(folders("llama"), num_device_pages=2, num_sink_pages=2)
     assert engine(folders("llama"), num_device_pages=20, num_sink_pages=30, num_host_pages=0)
+
+
+@pytest.fixture(scope="module")
+def longer(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model for 4096 positions: contexts below a thousand tokens are read in full by every policy."""
+    folder: Path = tmp_path_factory.mktemp("longer")
+    save_model("llama", folder)
+    config = folder / "config.json"
+    config.write_text(
+        config.read_text().replace('"max_position_embeddings": 512', '"max_position_embeddings": 4096')
+    )
+    return folder
+
+
+@pytest.mark.parametrize("num_device_pages", [0, 6])
+def test_reading_the_host_in_part_is_measured_and_stays_above_the_floor(
+    longer: Path, num_device_pages: int
+) -> None:
+    settings = {"num_device_pages": num_device_pages, "num_host_pages": 110, "attention_mass": 0.9}
+    core = engine(longer, host_attention="mass", attention_mass_floor=0.8, **settings)
+    short = SamplingParams(max_tokens=12, temperature=0.0, ignore_eos=True)
+    run(core, {"x": random_tokens(1600, seed=1)}, short)
+    stats = core.stats()
+    # Eleven decodes, two layers, four heads; the prompt is read in full.
+    assert stats.num_measured_heads_total == 11 * 2 * 4
+    assert 0.8 <= stats.retained_mass_total / stats.num_measured_heads_total <= 1
+    assert 0.8 <= stats.lowest_retained_mass <= 1
+    assert 0 < stats.num_selected_tokens_total < stats.num_scanned_tokens_total
+
+
+@pytest.mark.parametrize("num_device_pages", [0, 6])
+def test_a_mass_close_to_one_gives_the_tokens_of_exact_attention(longer: Path, num_device_pages: int) -> None:
+    requests = {"x": random_tokens(1500, seed=2), "y": random_tokens(40, seed=3)}
+    settings = {"num_device_pages": num_device_pages, "num_host_pages": 120}
+    expected = run(engine(longer, num_host_pages=120), requests)
+    core = engine(longer, host_attention="mass", attention_mass=0.9999, **settings)
+    assert run(core, requests) == expected
+
+
+def test_what_is_measured_is_nothing_where_every_key_is_read(longer: Path) -> None:
+    core = engine(longer, num_device_pages=6)
+    run(core, {"x": random_tokens(100, seed=1)})
+    assert core.stats().num_measured_heads_total == 0
+    assert core.stats().lowest_retained_mass == 1.0
+
+
+def test_a_floor_above_the_mass_is_refused(longer: Path) -> None:
+    with pytest.raises(ValueError, match=r"floor is 0\.95"):
+        engine(longer, host_attention="mass", attention_mass=0.9, attention_mass_floor=0.95)

@@ -41,6 +41,11 @@ STATS = EngineStats(
     num_promoted_pages_total=2,
     num_device_tokens_total=600,
     num_host_tokens_total=900,
+    num_measured_heads_total=8,
+    retained_mass_total=7.5,
+    lowest_retained_mass=0.875,
+    num_scanned_tokens_total=4000,
+    num_selected_tokens_total=500,
     num_steps_total=11,
     num_preemptions_total=1,
     num_prefix_queries_total=40,
@@ -67,6 +72,11 @@ async def test_engine_counts_have_vllms_names(make_client: MakeClient) -> None:
         "vllm:num_preemptions_total": 1,
         "hybridgen:steps_total": 11,
         "hybridgen:num_requests_parked": 1,
+        "hybridgen:retained_mass_count": 8,
+        "hybridgen:retained_mass_sum": 7.5,
+        "hybridgen:lowest_retained_mass": 0.875,
+        "hybridgen:index_tokens_scanned_total": 4000,
+        "hybridgen:index_tokens_selected_total": 500,
     }
     assert {name: value(samples, name) for name in expected} == expected
     pages = {
