@@ -39,8 +39,8 @@ def plans(seed: int) -> list[Plan]:
     return made
 
 
-@pytest.fixture(scope="module")
-def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+@pytest.fixture(scope="module", params=[0, 24], ids=lambda n: f"device={n}")
+def url(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     folder = tmp_path_factory.mktemp("llama")
     save_model("llama", folder)
     save_byte_tokenizer(folder)
@@ -48,7 +48,8 @@ def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         port = listener.getsockname()[1]
     command = [sys.executable, "-P", "-m", "hybridgen", "serve", str(folder), "--port", str(port)]
     command += ["--threads", "1", "--served-model-name", "tiny", "--block-size", "16"]
-    command += ["--host-pages", str(NUM_PAGES), "--max-num-seqs", "32", "--max-num-batched-tokens", "128"]
+    command += ["--device-pages", str(request.param), "--host-pages", str(NUM_PAGES - request.param)]
+    command += ["--max-num-seqs", "32", "--max-num-batched-tokens", "128"]
     log = folder / "log"
     with log.open("wb") as output:
         process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
