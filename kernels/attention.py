@@ -5,7 +5,7 @@ the blocks are merged from left to right, as in FlashAttention (arXiv 2205.14135
 result therefore depends on its own query and keys only: not on the number of threads, the other sequences of
 the batch or the way the prompt was cut into chunks, bit for bit.
 
-Arithmetic is float32. Softmax weights have a relative error of 3e-7; on `avx512_bf16` with bfloat16 KV it is
+Arithmetic is float32. Softmax weights have a relative error of 3e-7; on `avx512_bf16` and `amx` with bfloat16 KV it is
 3e-6, and each weight is rounded to bfloat16 for its product with V, which costs 2^-9 as the output's rounding
 does.
 

@@ -1,4 +1,8 @@
-"""Which instruction-set path the C++ kernels take: the best this CPU has, or the one asked for by name."""
+"""Which instruction-set path the C++ kernels take: the best this CPU has, or the one asked for by name.
+
+`scalar`, `avx2`, `avx512`, `avx512_bf16`, `amx`; and `amx_model`, which is `amx` with its tile instructions modelled in
+software, slow and never chosen by itself: for testing that path on machines without AMX.
+"""
 
 import os
 

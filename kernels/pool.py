@@ -63,7 +63,7 @@ class AttentionPool:
         cpus: where to pin; default: the CPUs this process may use, which a cgroup's cpuset limits, one
             of each core first, and taking turns between the NUMA nodes.
         nodes: the NUMA node of each of `cpus`; default: as the system says.
-        isa: `scalar`, `avx2`, `avx512`, `avx512_bf16`; default: HYBRIDGEN_CPU_ISA, else the fastest supported.
+        isa: a name of `kernels/isa.py`; default: HYBRIDGEN_CPU_ISA, else the fastest supported.
     """
 
     def __init__(

@@ -54,10 +54,11 @@ struct AttendTask {       // some queries of one sequence against a run of key b
 // One block's partial: out [rows, head_dim] not yet divided by its sum, then maximum and sum [rows] each.
 constexpr int64_t partial_floats(int64_t rows, int64_t head_dim) { return rows * (head_dim + 2); }
 
-// Upper bound for every ISA and dtype.
+// Upper bound for every ISA and dtype. Some take rows 16 at a time.
 constexpr int64_t attend_scratch_bytes(int64_t rows, int64_t head_dim) {
   const int64_t query = kQueryStride<float> * 4;
-  const int64_t chunk = kChunkTokens * ((head_dim + 15) / 16 * 16) * 4;
+  const int64_t chunk = kChunkTokens * ((head_dim + 31) / 32 * 32) * 4;
+  rows = (rows + 15) / 16 * 16;
   return rows * (query + kScoreRowBytes) + 2 * 4 * partial_floats(rows, head_dim) + chunk + 6 * 64;
 }
 

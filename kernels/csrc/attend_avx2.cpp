@@ -51,6 +51,7 @@ struct FloatOps {
   using Query = float;
   using Packed = float;
   static constexpr int kVectorPairs = 8;
+  static constexpr bool kTiles = false;
   static constexpr int kScoreRows = 2;  // 8 accumulators, 4 vectors of keys and a broadcast fit the 16 registers
   static constexpr int kRows = 4;       // 8 accumulators, 2 x 2 vectors of pairs and a broadcast of two
   static constexpr int kVectors = 2;
@@ -181,7 +182,8 @@ struct FloatOps {
     _mm256_maskstore_ps(out, first_lanes(num), acc.sums);
   }
   static void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T1); }
-  static void pack(const Element* row, int head_dim, Query* q) {
+  static void pack(const Element* row, int head_dim, Query* queries, int r) {
+    Query* q = queries + static_cast<int64_t>(r) * kQueryStride<Query>;
     for (int i = 0; i < (head_dim + 7) / 8 * 8; ++i) {
       // As the eight dims of packed keys lie.
       const int place = sizeof(T) == 4 ? i : i / 8 * 8 + i % 2 * 4 + i % 8 / 2;

@@ -109,7 +109,8 @@ struct FloatOps : Avx512Base {
   }
   static Acc load_acc(const float* out, int num) { return {_mm512_maskz_loadu_ps(first_lanes(num), out)}; }
   static void store(const Acc& acc, float* out, int num) { _mm512_mask_storeu_ps(out, first_lanes(num), acc.sums); }
-  static void pack(const Element* row, int head_dim, Query* q) {
+  static void pack(const Element* row, int head_dim, Query* queries, int r) {
+    Query* q = queries + static_cast<int64_t>(r) * kQueryStride<Query>;
     for (int i = 0; i < (head_dim + 7) / 8 * 8; ++i) {
       // As the eight dims of packed keys lie.
       const int place = sizeof(T) == 4 ? i : i / 8 * 8 + i % 2 * 4 + i % 8 / 2;

@@ -90,7 +90,8 @@ struct BFloat16Ops : Avx512Base {
   }
   static Acc load_acc(const float* out, int num) { return {_mm512_maskz_loadu_ps(first_lanes(num), out)}; }
   static void store(const Acc& acc, float* out, int num) { _mm512_mask_storeu_ps(out, first_lanes(num), acc.sums); }
-  static void pack(const Element* row, int head_dim, Query* q) {
+  static void pack(const Element* row, int head_dim, Query* queries, int r) {
+    Query* q = queries + static_cast<int64_t>(r) * kQueryStride<Query>;
     for (int i = 0; i < (head_dim + 7) / 8 * 8; ++i) q[i] = i < head_dim ? row[i] : BFloat16{0};
   }
   static void softmax(float* scores, int begin, int end, int num, float scale, float soft_cap, float& maximum,

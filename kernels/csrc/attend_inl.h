@@ -14,8 +14,12 @@
 //   load_values(run, head_dim, dim)             the token pairs of kVectorPairs dims
 //   broadcast(p), multiply_add(acc, pairs, broadcast)
 //   load_acc(out, num), store(acc, out, num)    the sums of the first `num` pairs
-//   pack(row, head_dim, q), softmax(...)        a row of scores to a row of weights, in place
+//   pack(row, head_dim, q, r)                   row r of the queries; null: zeros
+//   softmax(...)                                a row of scores to a row of weights, in place
 //   prefetch(p)
+//
+// Ops that multiply whole tiles (kTiles) have score_rows and value_rows instead of score_group, the register tile and
+// what goes with it: rows then come 16 at a time, the missing ones being zero.
 //
 // Keys lie in pages as rows, one token after another. For scores, 64 of them at a time are repacked in L1, so that
 // vectors hold some dims of several tokens and a score needs no long horizontal sum. For values a vector holds a token
@@ -29,7 +33,7 @@ inline int ceil_div(int a, int b) { return (a + b - 1) / b; }
 inline int min_int(int a, int b) { return a < b ? a : b; }
 inline int max_int(int a, int b) { return a > b ? a : b; }
 
-constexpr int key_stride(int head_dim) { return (head_dim + 7) / 8 * 8 * kGroupTokens; }  // elements of 16 packed keys
+constexpr int key_stride(int head_dim) { return (head_dim + 31) / 32 * 32 * kGroupTokens; }  // elements of 16 packed keys
 constexpr int value_stride(int head_dim) { return (head_dim + 15) / 16 * 16 * 2; }         // of a packed token pair
 
 struct Block {  // the keys of one block that at least one row sees
@@ -132,7 +136,7 @@ void with_rows(int rows, Fn&& fn) {
 
 // Scores of one chunk for all rows: as few passes as the register tile allows, of nearly equal height.
 template <class Ops>
-void score_chunk(const typename Ops::Query* q, const typename Ops::Packed* packed, int num_keys, int rows, int head_dim,
+void score_rows(const typename Ops::Query* q, const typename Ops::Packed* packed, int num_keys, int rows, int head_dim,
                  float* scores) {
   const int step = ceil_div(rows, ceil_div(rows, Ops::kScoreRows));
   for (int row = 0; row < rows; row += step) {
@@ -147,7 +151,7 @@ void score_chunk(const typename Ops::Query* q, const typename Ops::Packed* packe
 }
 
 template <class Ops, bool kPacked>
-void value_chunk(const typename Ops::Query* weights, const Values<Ops>& values, int rows, int head_dim, bool fresh,
+void value_rows(const typename Ops::Query* weights, const Values<Ops>& values, int rows, int head_dim, bool fresh,
                  float* out) {
   constexpr int kStride = kScoreRowBytes / static_cast<int>(sizeof(typename Ops::Query));
   const int num_vectors = ceil_div(head_dim, Ops::kVectorPairs);
@@ -229,7 +233,7 @@ void write_result(const AttendTask& task, const Partial& total) {
 inline void find_block(const AttendTask& task, int index, Block& block) {
   const int begin = max_int(index * kBlockTokens, task.begin[0]);
   const int end = min_int((index + 1) * kBlockTokens, task.end[task.num_queries - 1]);
-  block.origin = begin / kGroupTokens * kGroupTokens;
+  block.origin = begin / kChunkTokens * kChunkTokens;
   block.begin = begin - block.origin;
   block.end = end - block.origin;
   block.num_keys = end > begin ? ceil_div(end - block.origin, kGroupTokens) * kGroupTokens : 0;
@@ -294,7 +298,11 @@ void score_block(const AttendTask& task, const Block& block, const typename Ops:
       Ops::pack_keys([&](int j) { return k + offsets[j]; }, task.head_dim,
                      packed + static_cast<int64_t>(i / kGroupTokens) * key_stride(task.head_dim));
     }
-    score_chunk<Ops>(q, packed, num, rows, task.head_dim, scores + chunk);
+    if constexpr (Ops::kTiles) {
+      Ops::score_rows(q, packed, num, rows, task.head_dim, scores + chunk);
+    } else {
+      score_rows<Ops>(q, packed, num, rows, task.head_dim, scores + chunk);
+    }
   }
 }
 
@@ -306,7 +314,7 @@ void value_block(const AttendTask& task, const Block& block, const float* scores
   const auto* v = static_cast<const Element*>(task.v);
   const Stream<Element> stream{static_cast<const Element*>(task.k), v, block};
   const int rows = task.num_queries * task.group;
-  const bool pack = rows > Ops::kRows;  // several passes over the same values
+  const bool pack = Ops::kTiles || rows > Ops::kRows;  // several passes over the same values
   const Element* row[kChunkTokens];
   const Element* next[kChunkTokens];
   for (int chunk = 0; chunk < block.num_keys; chunk += kChunkTokens) {
@@ -319,9 +327,11 @@ void value_block(const AttendTask& task, const Block& block, const float* scores
     }
     const auto* weights = reinterpret_cast<const Query*>(scores) + chunk;
     const Values<Ops> values{row, next, packed, num / 2};
-    if (!pack) {
-      value_chunk<Ops, false>(weights, values, rows, task.head_dim, chunk == 0, out);
-      continue;
+    if constexpr (!Ops::kTiles) {
+      if (!pack) {
+        value_rows<Ops, false>(weights, values, rows, task.head_dim, chunk == 0, out);
+        continue;
+      }
     }
     for (int i = 0; i < num; i += 2) {
       for (int dim = 0; dim < task.head_dim; dim += 64 / static_cast<int>(sizeof(Element))) {
@@ -331,7 +341,11 @@ void value_block(const AttendTask& task, const Block& block, const float* scores
       Ops::pack_values(row[i], row[i + 1], task.head_dim,
                        packed + static_cast<int64_t>(i / 2) * value_stride(task.head_dim));
     }
-    value_chunk<Ops, true>(weights, values, rows, task.head_dim, chunk == 0, out);
+    if constexpr (Ops::kTiles) {
+      Ops::value_rows(weights, packed, num / 2, rows, task.head_dim, chunk == 0, out);
+    } else {
+      value_rows<Ops, true>(weights, values, rows, task.head_dim, chunk == 0, out);
+    }
   }
 }
 
@@ -365,16 +379,17 @@ void attend(const AttendTask& task, std::byte* scratch) {
   using Element = typename Ops::Element;
   using Query = typename Ops::Query;
   const int rows = task.num_queries * task.group;
-  Query* q = carve<Query>(scratch, static_cast<int64_t>(rows) * kQueryStride<Query>);
-  float* scores = carve<float>(scratch, static_cast<int64_t>(rows) * (kScoreRowBytes / 4));
+  const int padded_rows = Ops::kTiles ? ceil_div(rows, 16) * 16 : rows;
+  Query* q = carve<Query>(scratch, static_cast<int64_t>(padded_rows) * kQueryStride<Query>);
+  float* scores = carve<float>(scratch, static_cast<int64_t>(padded_rows) * (kScoreRowBytes / 4));
   const Partial part = partial_at(carve<float>(scratch, partial_floats(rows, task.head_dim)), rows, task.head_dim);
   const Partial total = partial_at(carve<float>(scratch, partial_floats(rows, task.head_dim)), rows, task.head_dim);
-  auto* packed = carve<typename Ops::Packed>(scratch, kChunkTokens / 2 * static_cast<int64_t>(value_stride(task.head_dim)));
+  auto* packed = carve<typename Ops::Packed>(scratch, kChunkTokens / kGroupTokens * static_cast<int64_t>(key_stride(task.head_dim)));
 
-  for (int r = 0; r < rows; ++r) {
+  for (int r = 0; r < padded_rows; ++r) {
     const Element* row = static_cast<const Element*>(task.q) + r / task.group * task.q_stride +
                          static_cast<int64_t>(r % task.group) * task.head_dim;
-    Ops::pack(row, task.head_dim, q + static_cast<int64_t>(r) * kQueryStride<Query>);
+    Ops::pack(r < rows ? row : nullptr, task.head_dim, q, r);
   }
   if (task.partial != nullptr) {
     for (int index = task.block_begin; index < task.block_end; ++index) {

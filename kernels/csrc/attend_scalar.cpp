@@ -18,6 +18,7 @@ struct ScalarOps {
   using Query = float;
   using Packed = float;
   static constexpr int kVectorPairs = 16;
+  static constexpr bool kTiles = false;
   static constexpr int kScoreRows = 1;
   static constexpr int kRows = 1;
   static constexpr int kVectors = 1;
@@ -88,7 +89,8 @@ struct ScalarOps {
   }
   static void prefetch(const void*) {}
 
-  static void pack(const Element* row, int head_dim, Query* q) {
+  static void pack(const Element* row, int head_dim, Query* queries, int r) {
+    Query* q = queries + static_cast<int64_t>(r) * kQueryStride<Query>;
     for (int i = 0; i < head_dim; ++i) q[i] = to_float(row[i]);
   }
 

@@ -141,6 +141,7 @@ inline __m512 sum_lanes(__m512 a, __m512 b, __m512 c, __m512 d) {
 }
 
 struct Avx512Base {
+  static constexpr bool kTiles = false;
   static constexpr int kScoreRows = 6;  // 24 accumulators, 4 vectors of pairs and a broadcast fill the 32 registers
   static constexpr int kRows = 6;
   static constexpr int kVectors = 4;

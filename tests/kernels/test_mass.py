@@ -129,7 +129,11 @@ def diameter(v: Tensor) -> Tensor:
 
 def rounding(isa: str, context: Context) -> float:
     """Of a row of values. Where weights are rounded to bfloat16: 2^-9 of the largest row, and of the sum as much."""
-    return 0.06 if isa == "avx512_bf16" and context.layout.dtype == torch.bfloat16 else 1e-4
+    return (
+        0.06
+        if isa in ("avx512_bf16", "amx", "amx_model") and context.layout.dtype == torch.bfloat16
+        else 1e-4
+    )
 
 
 LAYOUT = KVLayout(2, 2, 64, 32, torch.bfloat16)
