@@ -48,7 +48,7 @@ CONFIG = {**LLAMA_150M, "max_position_embeddings": MAX_MODEL_LEN}
 CELLS = ((128, 1), (8192, 1), (32768, 1), (8192, 8), (128, 32))  # context, sequences
 MAX_NUM_SEQS = max(concurrency for _, concurrency in CELLS)
 SERVERS = ("hybridgen", "vllm")
-REST_S = 0.5
+REST_S = 1.5  # vLLM looks out for work for about a second after its last step, on a CPU of its own
 
 
 @dataclass(frozen=True, slots=True)
