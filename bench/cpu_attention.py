@@ -17,7 +17,7 @@ import json
 import os
 import statistics
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from datetime import UTC, datetime
 from pathlib import Path
@@ -25,10 +25,15 @@ from typing import Any
 
 import torch
 
+from bench.contexts import Contexts, recorded_contexts, synthetic_contexts
 from bench.peers.protocol import Peer, PeerFailed
+from bench.record_kv import load_or_record
 from bench.throughput import commit, machine
 from bench.timing import Turn, fastest, last_level_cache_bytes, take_turns, times_as_fast
 from hybridgen.kernels.attention import AttentionStep, KVLayout, KVPages, allocate_pages
+from hybridgen.kernels.policies.base import Policy
+from hybridgen.kernels.policies.exact import ExactPolicy
+from hybridgen.kernels.policies.mass import MassPolicy
 from hybridgen.kernels.pool import AttentionPool
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -135,6 +140,123 @@ def measure_exact(
     }
 
 
+def decode_turn(
+    pool: AttentionPool, contexts: Contexts, policy: Policy, *, batch: int
+) -> tuple[Callable[[], None], int]:
+    """What decodes one token of every sequence, `batch` of them at a time, and how many steps that takes."""
+    layout = contexts.pages.layout
+    steps = []
+    for begin in range(0, len(contexts.sequences), batch):
+        some = contexts.sequences[begin : begin + batch]
+        step = AttentionStep(
+            pool,
+            contexts.pages,
+            query_begin=range(len(some) + 1),
+            kv_len=[sequence.kv_len for sequence in some],
+            block_table=torch.stack([sequence.block_table for sequence in some]),
+            num_heads=contexts.num_heads,
+            scale=layout.head_dim**-0.5,
+        )
+        steps.append((step, torch.stack([sequence.q for sequence in some], dim=1)))
+
+    def decode() -> None:
+        for step, q in steps:
+            for layer in range(layout.num_layers):
+                policy.submit(step, layer, q[layer]).wait()
+            policy.end_step()
+
+    return decode, len(steps)
+
+
+def measure_sparse(
+    pool: AttentionPool, about: Mapping[str, Any], contexts: Contexts, batch: int, options: argparse.Namespace
+) -> dict[str, Any]:
+    """One line: `mass` against `exact` on the same pages."""
+    layout = contexts.pages.layout
+    exact, _ = decode_turn(pool, contexts, ExactPolicy(), batch=batch)
+    policy = MassPolicy(layout.num_layers, mass=options.mass)
+    sparse, num_steps = decode_turn(pool, contexts, policy, batch=batch)
+    sparse()
+    policy.stats()
+    pool.reset_stats()
+    sparse()
+    # Of one pass: what was read, index included, and what it retained.
+    sparse_bytes = int(pool.stats().bytes.sum())
+    layers = policy.stats()
+    times = take_turns(
+        {
+            "exact": lambda seconds: fastest(exact, seconds),
+            "mass": lambda seconds: fastest(sparse, seconds),
+            "plain_read": lambda seconds: fastest(lambda: read_pages(pool, contexts.pages), seconds),
+        },
+        seconds=options.seconds,
+        rounds=options.rounds,
+    )
+    middle = {name: statistics.median(values) for name, values in times.items()}
+    page_bytes = contexts.pages.k.nbytes + contexts.pages.v.nbytes
+    return {
+        **about,
+        "num_sequences": len(contexts.sequences),
+        "batch": batch,
+        "num_layers": layout.num_layers,
+        "num_kv_heads": layout.num_kv_heads,
+        "group": contexts.num_heads // layout.num_kv_heads,
+        "head_dim": layout.head_dim,
+        "mass": options.mass,
+        "ms_per_step": {name: round(1e3 * middle[name] / num_steps, 4) for name in ("exact", "mass")},
+        "times_as_fast_as_exact": times_as_fast(times, "mass", "exact"),
+        # Plain reading goes over whole pages, the queries see a few tokens less.
+        "exact_share_of_plain_read": round(
+            times_as_fast(times, "exact", "plain_read") * contexts.kv_bytes / page_bytes, 3
+        ),
+        "mass_share_of_plain_read": round(
+            times_as_fast(times, "mass", "plain_read") * sparse_bytes / page_bytes, 3
+        ),
+        "kv_bytes": contexts.kv_bytes,
+        "mass_bytes": sparse_bytes,
+        "times_as_fast_by_bytes": round(contexts.kv_bytes / sparse_bytes, 3),
+        "attended": [round(layer.attended / layer.scanned, 4) if layer.scanned else 1.0 for layer in layers],
+        "retained_mean": [round(layer.mean, 5) for layer in layers],
+        "retained_least": [round(layer.minimum, 5) for layer in layers],
+        "widened": [layer.widened for layer in layers],
+        "full": [layer.full for layer in layers],
+        "rounds_s": {name: [round(value, 7) for value in values] for name, values in times.items()},
+    }
+
+
+def measure_recorded(pool: AttentionPool, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """All kinds of context together, and each by itself with the retained mass that it needs."""
+    length = options.recorded_len
+    recordings = load_or_record(options.work_dir, length)
+    for kinds in (recordings, *([one] for one in recordings)):
+        copies = 10 if len(kinds) > 1 else 16
+        contexts = recorded_contexts(pool, kinds, copies=copies, page_size=PAGE_SIZE)
+        kind = kinds[0].kind if len(kinds) == 1 else "all"
+        for batch in (1, 8) if kind == "all" else (8,):
+            about = {"what": "recorded", "kind": kind, "kv_len": length}
+            yield measure_sparse(pool, about, contexts, batch, options)
+
+
+def measure_synthetic(pool: AttentionPool, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """Independent logits of a known spread."""
+    kv_len, deviation = options.synthetic_len, options.deviation
+    for head_dim in options.head_dim:
+        for group in options.group:
+            layer_bytes = 2 * NUM_KV_HEADS * head_dim * kv_len * DTYPE.itemsize
+            contexts = synthetic_contexts(
+                pool,
+                kv_len=kv_len,
+                num_layers=num_layers_of(layer_bytes),
+                num_kv_heads=NUM_KV_HEADS,
+                group=group,
+                head_dim=head_dim,
+                page_size=PAGE_SIZE,
+                deviation=deviation,
+            )
+            about = {"what": "synthetic", "kv_len": kv_len, "deviation": deviation}
+            yield measure_sparse(pool, about, contexts, 1, options)
+
+
 def measure_extend(
     pool: AttentionPool, num_tokens: int, group: int, head_dim: int, options: argparse.Namespace
 ) -> dict[str, Any]:
@@ -190,6 +312,10 @@ def lines(
             for group in options.group:
                 for kv_len in options.kv_len:
                     yield measure_exact(pool, peers, kv_len, group, head_dim, options)
+    if "recorded" in options.only:
+        yield from measure_recorded(pool, options)
+    if "synthetic" in options.only:
+        yield from measure_synthetic(pool, options)
     if "extend" in options.only:
         for head_dim in options.head_dim:
             for num_tokens in options.prompt:
@@ -205,7 +331,9 @@ def markdown(results: Mapping[str, Any]) -> str:
         text += [
             "Decode of one token, `exact`: GB/s, share of plain reading's, and how many times as fast as each peer.",
             "",
-            "| head_dim | group | context | exact | plain read | share | " + " | ".join(peers) + " |",
+            "| "
+            + " | ".join(["head_dim", "group", "context", "exact", "plain read", "share", *peers])
+            + " |",
             "|" + "--:|" * (6 + len(peers)),
         ]
         for line in decode:
@@ -220,6 +348,36 @@ def markdown(results: Mapping[str, Any]) -> str:
                     f"{line['times_as_fast_as'][name]:.2f}x" if name in line["times_as_fast_as"] else "-"
                     for name in peers
                 ),
+            ]
+            text.append("| " + " | ".join(cells) + " |")
+        text.append("")
+    sparse = [line for line in results["lines"] if line["what"] in ("recorded", "synthetic")]
+    if sparse:
+        text += [
+            f"`mass` {sparse[0]['mass']} against `exact`; by bytes: the bytes of exact over those that `mass` read, "
+            "its index included.",
+            "",
+            "| K, V, q | context | batch | head_dim | group | mass / exact | by bytes | tokens attended | "
+            "retained: mean (least) | of plain read: exact, mass |",
+            "|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|",
+        ]
+        for line in sparse:
+            kind = (
+                f"N(0, {line['deviation']:g}²)"
+                if line["what"] == "synthetic"
+                else f"recorded, {line['kind']}"
+            )
+            cells = [
+                kind,
+                f"{line['kv_len']:,}",
+                str(line["batch"]),
+                str(line["head_dim"]),
+                str(line["group"]),
+                f"{line['times_as_fast_as_exact']:.2f}x",
+                f"{line['times_as_fast_by_bytes']:.2f}x",
+                f"{100 * statistics.fmean(line['attended']):.0f} %",
+                f"{statistics.fmean(line['retained_mean']):.4f} ({min(line['retained_least']):.4f})",
+                f"{100 * line['exact_share_of_plain_read']:.0f} %, {100 * line['mass_share_of_plain_read']:.0f} %",
             ]
             text.append("| " + " | ".join(cells) + " |")
         text.append("")
@@ -259,6 +417,10 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument(
         "--prompt", type=int, nargs="+", default=[2048, 8000], metavar="TOKENS", help="for extend"
     )
+    parser.add_argument("--mass", type=float, default=0.99, help="for recorded and synthetic (default: 0.99)")
+    parser.add_argument("--recorded-len", type=int, default=8192, metavar="TOKENS")
+    parser.add_argument("--synthetic-len", type=int, default=131072, metavar="TOKENS")
+    parser.add_argument("--deviation", type=float, default=3.0, help="of synthetic logits (default: 3)")
     parser.add_argument("--only", nargs="+", choices=SECTIONS, default=list(SECTIONS))
     parser.add_argument("--without", nargs="+", default=[], metavar="PEER", help="torch, vllm or llama.cpp")
     parser.add_argument(
@@ -270,7 +432,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-SECTIONS = ("decode", "extend")
+SECTIONS = ("decode", "recorded", "synthetic", "extend")
 
 
 def main() -> None:
