@@ -39,36 +39,34 @@ LENGTHS = (2048, 4096, 8192)
 ANSWER_TOKENS = 10
 QUESTIONS = 4  # asked of one context at most
 TEXT_TOKENS = 64  # decoded of each document
-DEVICE_PAGES = 4  # a sequence; the rest of its pages are the host's
 
 
 @dataclass(frozen=True, slots=True)
 class Configuration:
-    """A way of attending to host pages, as settings of the engine."""
+    """A way of attending to host pages: a policy's name and what it is made with."""
 
     name: str
-    settings: Mapping[str, Any]
+    policy: str
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+    layer_ahead: bool = False
 
 
 MASSES = (0.9, 0.95, 0.99, 0.999)
 CONFIGURATIONS = (
-    Configuration("exact", {"host_attention": "exact"}),
+    Configuration("exact", "exact"),
     *(
-        Configuration(f"mass {mass}{suffix}", {"host_attention": "mass", "attention_mass": mass, **settings})
-        for suffix, settings in (
-            ("", {"attention_tail": True}),
-            (", no tail", {"attention_tail": False}),
-            (", layer-ahead", {"attention_tail": True, "layer_ahead": True}),
+        Configuration(f"mass {mass}{suffix}", "mass", {"mass": mass, "tail": tail}, layer_ahead)
+        for suffix, tail, layer_ahead in (
+            ("", True, False),
+            (", no tail", False, False),
+            (", layer-ahead", True, True),
         )
         for mass in MASSES
     ),
     *(
-        Configuration(f"hybridgen {name}{suffix}", {"host_attention": "hybridgen", **settings, **ahead})
-        for name, settings in (
-            ("5 %", {"hybridgen_ratio": 0.05, "hybridgen_adapt": False}),
-            ("5 %, controller", {"hybridgen_ratio": 0.05, "hybridgen_adapt": True}),
-        )
-        for suffix, ahead in (("", {"layer_ahead": False}), (", layer-ahead", {"layer_ahead": True}))
+        Configuration(f"hybridgen {name}{suffix}", "hybridgen", {"ratio": 0.05, "adapt": adapt}, layer_ahead)
+        for name, adapt in (("5 %", False), ("5 %, controller", True))
+        for suffix, layer_ahead in (("", False), (", layer-ahead", True))
     ),
 )
 
@@ -118,14 +116,9 @@ class Prompter(Sampler):
 class Engine:
     """The engine's core with a `Prompter` in it, and its policy for host pages changed between requests."""
 
-    def __init__(self, model: Path, max_num_seqs: int, num_tokens: int, **settings: Any) -> None:
+    def __init__(self, model: Path, max_num_seqs: int) -> None:
         resolved = load_settings(
-            {
-                "model": str(model),
-                "max_num_seqs": max_num_seqs,
-                "max_num_batched_tokens": 4096,
-                **settings,
-            }
+            {"model": str(model), "max_num_seqs": max_num_seqs, "max_num_batched_tokens": 4096}
         )
         self.core = build_engine(engine_settings(resolved))
         self._prompter = Prompter(self.core._sampler)
@@ -197,9 +190,8 @@ class Row:
 
     tasks: dict[str, dict[int, TaskScore]] = field(default_factory=dict)
     text: dict[str, dict[int, TextScore]] = field(default_factory=dict)
-    retained_mass: dict[str, float] = field(
-        default_factory=dict
-    )  # mean and least, over steps, layers and heads
+    # Mean and least over decoded tokens, layers and query heads, as the policy measured them; empty for `exact`.
+    retained_mass: dict[str, float] = field(default_factory=dict)
     seconds: float = 0.0
 
 
@@ -292,7 +284,7 @@ def run(options: argparse.Namespace, report: Callable[[Mapping[str, Row]], None]
     tokenizer = Tokenizer.from_file(str(options.model / "tokenizer.json"))
     rows = {configuration.name: Row() for configuration in options.configurations}
     num_seqs = max(options.samples * QUESTIONS, options.text_samples)
-    engine = Engine(options.model, num_seqs, num_seqs * max(options.lengths))
+    engine = Engine(options.model, num_seqs)
     for length in options.lengths:
         for kind in options.tasks:
             began_s = time.perf_counter()
@@ -374,7 +366,9 @@ def as_json(rows: Mapping[str, Row], options: argparse.Namespace) -> dict[str, A
         "lengths": options.lengths,
         "rows": {
             configuration.name: {
-                "settings": dict(configuration.settings),
+                "policy": configuration.policy,
+                "arguments": dict(configuration.arguments),
+                "layer_ahead": configuration.layer_ahead,
                 "tasks": {
                     kind: {length: _fields(score) for length, score in scores.items()}
                     for kind, scores in rows[configuration.name].tasks.items()

@@ -19,7 +19,7 @@ from bench.accuracy import (
 
 @pytest.fixture(scope="module")
 def engine() -> Engine:
-    return Engine(MODEL, max_num_seqs=4, num_tokens=4 * 512)
+    return Engine(MODEL, max_num_seqs=4)
 
 
 @pytest.fixture(scope="module")
