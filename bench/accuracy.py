@@ -10,6 +10,7 @@ A question counts as answered when what follows begins with the answer, full sto
 """
 
 import argparse
+import copy
 import json
 import random
 import statistics
@@ -21,6 +22,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import torch
 from tokenizers import Tokenizer
 from torch import Tensor
@@ -29,7 +31,8 @@ from bench.embedded import tasks
 from bench.retrieval import held_out_documents
 from bench.throughput import commit, machine
 from hybridgen.configs.settings import engine_settings, load_settings
-from hybridgen.engine.build import build_engine
+from hybridgen.engine.build import build_engine, make_policy
+from hybridgen.engine.kv_store import RetainedMass
 from hybridgen.engine.request import Request, SamplingParams
 from hybridgen.engine.sampler import Sampled, Sampler
 
@@ -43,30 +46,22 @@ TEXT_TOKENS = 64  # decoded of each document
 
 @dataclass(frozen=True, slots=True)
 class Configuration:
-    """A way of attending to host pages: a policy's name and what it is made with."""
+    """A way of attending to host pages, by the fields of EngineSettings that say so."""
 
     name: str
-    policy: str
-    arguments: Mapping[str, Any] = field(default_factory=dict)
-    layer_ahead: bool = False
+    settings: Mapping[str, Any]
 
 
 MASSES = (0.9, 0.95, 0.99, 0.999)
 CONFIGURATIONS = (
-    Configuration("exact", "exact"),
+    Configuration("exact", {"host_attention": "exact"}),
     *(
-        Configuration(f"mass {mass}{suffix}", "mass", {"mass": mass, "tail": tail}, layer_ahead)
-        for suffix, tail, layer_ahead in (
-            ("", True, False),
-            (", no tail", False, False),
-            (", layer-ahead", True, True),
+        Configuration(f"mass {mass}{suffix}", {"host_attention": "mass", "attention_mass": mass, **settings})
+        for suffix, settings in (
+            ("", {"attention_tail": True}),
+            (", no tail", {"attention_tail": False}),
         )
         for mass in MASSES
-    ),
-    *(
-        Configuration(f"hybridgen {name}{suffix}", "hybridgen", {"ratio": 0.05, "adapt": adapt}, layer_ahead)
-        for name, adapt in (("5 %", False), ("5 %, controller", True))
-        for suffix, layer_ahead in (("", False), (", layer-ahead", True))
     ),
 )
 
@@ -117,17 +112,33 @@ class Engine:
     """The engine's core with a `Prompter` in it, and its policy for host pages changed between requests."""
 
     def __init__(self, model: Path, max_num_seqs: int) -> None:
-        resolved = load_settings(
-            {"model": str(model), "max_num_seqs": max_num_seqs, "max_num_batched_tokens": 4096}
-        )
-        self.core = build_engine(engine_settings(resolved))
+        arguments = {
+            "model": str(model),
+            "max_num_seqs": max_num_seqs,
+            "max_num_batched_tokens": 4096,
+            "host_attention": "mass",  # so that pages get an index, which the others may ignore
+        }
+        self._settings = engine_settings(load_settings(arguments))
+        self.core = build_engine(self._settings)
+        self._store = self.core._runner._store
         self._prompter = Prompter(self.core._sampler)
         self.core._sampler = self._prompter
         self._num_requests = 0
+        self._lowest = 1.0
 
     def use(self, configuration: Configuration) -> None:
-        """Attend to host pages so from the next step on."""
-        raise NotImplementedError
+        """Attend to host pages so from the next step on, and count the retained mass from there."""
+        settings = msgspec.structs.replace(self._settings, **configuration.settings)
+        self._store._policy = make_policy(settings, self._store._spec.num_layers)
+        self._store.retained = RetainedMass()
+        self._lowest = 1.0
+
+    @property
+    def retained(self) -> RetainedMass:
+        """Since `use`; `lowest` over all steps."""
+        retained = copy.copy(self._store.retained)
+        retained.lowest = self._lowest
+        return retained
 
     def prefill(self, contexts: Sequence[Sequence[int]]) -> None:
         """Compute these contexts, exactly, and leave their pages in the prefix cache."""
@@ -155,6 +166,7 @@ class Engine:
                 if output.error is not None:
                     raise RuntimeError(output.error)
                 tokens[output.id] += output.tokens
+            self._lowest = min(self._lowest, self._store.retained.lowest)
         results = []
         for job, name, key in zip(jobs, ids, keys, strict=True):
             rows = self._prompter.kept.pop(key, None)
@@ -190,17 +202,19 @@ class Row:
 
     tasks: dict[str, dict[int, TaskScore]] = field(default_factory=dict)
     text: dict[str, dict[int, TextScore]] = field(default_factory=dict)
-    # Mean and least over decoded tokens, layers and query heads, as the policy measured them; empty for `exact`.
-    retained_mass: dict[str, float] = field(default_factory=dict)
+    # Over decoded tokens, layers and query heads, as the policy measured it; nothing for `exact`.
+    retained: list[RetainedMass] = field(default_factory=list)
     seconds: float = 0.0
 
 
-def text_contexts(tokenizer: Tokenizer, length: int, samples: int, seed: int) -> dict[str, list[list[int]]]:
-    """Token ids of held-out documents one after the other, `length` of them, each sample in an order of its own."""
+def text_contexts(
+    tokenizer: Tokenizer, documents: Mapping[str, Sequence[str]], length: int, samples: int, seed: int
+) -> dict[str, list[list[int]]]:
+    """Token ids of documents one after the other, `length` of them, each sample in an order of its own."""
     contexts: dict[str, list[list[int]]] = {}
-    for style, documents in held_out_documents(seed).items():
+    for style, texts in documents.items():
         for sample in range(samples):
-            order = random.Random(f"{style}/{seed}/{length}/{sample}").sample(documents, len(documents))
+            order = random.Random(f"{style}/{seed}/{length}/{sample}").sample(texts, len(texts))
             ids: list[int] = tokenizer.encode("".join(f"{text}<|eos|>" for text in order)).ids
             assert len(ids) >= length, f"{style} has {len(ids)} tokens only"
             contexts.setdefault(style, []).append(ids[:length])
@@ -240,6 +254,7 @@ def score_tasks(
         engine.use(configuration)
         decoded = engine.decode(jobs)
         row.seconds += time.perf_counter() - began_s
+        row.retained.append(engine.retained)
         right = [
             tokenizer.decode(one.free, skip_special_tokens=False).startswith(answer)
             for one, answer in zip(decoded, answers, strict=True)
@@ -255,10 +270,14 @@ def score_tasks(
 
 
 def score_text(
-    engine: Engine, tokenizer: Tokenizer, length: int, options: argparse.Namespace, rows: Mapping[str, Row]
+    engine: Engine,
+    contexts_by_style: Mapping[str, Sequence[Sequence[int]]],
+    options: argparse.Namespace,
+    rows: Mapping[str, Row],
 ) -> None:
-    """Held-out text that ends at `length` under every configuration."""
-    for style, contexts in text_contexts(tokenizer, length, options.text_samples, options.seed).items():
+    """Held-out text of one length under every configuration."""
+    for style, contexts in contexts_by_style.items():
+        length = len(contexts[0])
         # One token more than is decoded: the first one's logits come with the context.
         jobs = [Job(ids[: -TEXT_TOKENS - 1], ids[-TEXT_TOKENS - 1 :], keep_logits=True) for ids in contexts]
         engine.prefill([job.context for job in jobs])
@@ -270,6 +289,7 @@ def score_text(
             engine.use(configuration)
             logits = torch.cat([kept for one in engine.decode(jobs) if (kept := one.logits) is not None])
             row.seconds += time.perf_counter() - began_s
+            row.retained.append(engine.retained)
             if baseline is None:
                 baseline = logits
             row.text.setdefault(style, {})[length] = TextScore(
@@ -285,6 +305,8 @@ def run(options: argparse.Namespace, report: Callable[[Mapping[str, Row]], None]
     rows = {configuration.name: Row() for configuration in options.configurations}
     num_seqs = max(options.samples * QUESTIONS, options.text_samples)
     engine = Engine(options.model, num_seqs)
+    # Before anything is timed: finding out what of the library was not trained on takes most of a minute.
+    documents = held_out_documents(options.seed) if options.text_samples else {}
     for length in options.lengths:
         for kind in options.tasks:
             began_s = time.perf_counter()
@@ -293,7 +315,8 @@ def run(options: argparse.Namespace, report: Callable[[Mapping[str, Row]], None]
             report(rows)
         if options.text_samples:
             began_s = time.perf_counter()
-            score_text(engine, tokenizer, length, options, rows)
+            contexts = text_contexts(tokenizer, documents, length, options.text_samples, options.seed)
+            score_text(engine, contexts, options, rows)
             print(f"text {length}: {time.perf_counter() - began_s:.0f} s", file=sys.stderr, flush=True)
             report(rows)
     return rows
@@ -307,8 +330,8 @@ def markdown(rows: Mapping[str, Row]) -> str:
     text = [
         "Share of questions answered, all lengths together; in brackets lost / won against `exact`.",
         "",
-        "| attention | " + " | ".join([*kinds, "all"]) + " | retained mass |",
-        "|---|" + "--:|" * (len(kinds) + 2),
+        "| attention | " + " | ".join([*kinds, "all"]) + " | retained mass: mean (least) | tokens read |",
+        "|---|" + "--:|" * (len(kinds) + 3),
     ]
     for name, row in rows.items():
         scores = [list(row.tasks.get(kind, {}).values()) for kind in kinds]
@@ -351,10 +374,24 @@ def _mean_loss(row: Row, style: str) -> float:
     return sum(score.loss * score.num_tokens for score in scores) / sum(score.num_tokens for score in scores)
 
 
+def retained_mass(row: Row) -> dict[str, float]:
+    """Mean and least of the softmax mass, and the share of the host's tokens that were read for it; empty for exact."""
+    num_heads = sum(retained.num_heads for retained in row.retained)
+    if not num_heads:
+        return {}
+    selected = sum(retained.num_selected for retained in row.retained)
+    return {
+        "mean": sum(retained.mass for retained in row.retained) / num_heads,
+        "least": min(retained.lowest for retained in row.retained),
+        "tokens_read": selected / sum(retained.num_scanned for retained in row.retained),
+    }
+
+
 def _mass(row: Row) -> str:
-    if not row.retained_mass:
-        return "-"
-    return f"{row.retained_mass['mean']:.4f} ({row.retained_mass['least']:.4f})"
+    mass = retained_mass(row)
+    if not mass:
+        return "- | -"
+    return f"{mass['mean']:.4f} ({mass['least']:.4f}) | {100 * mass['tokens_read']:.0f} %"
 
 
 def as_json(rows: Mapping[str, Row], options: argparse.Namespace) -> dict[str, Any]:
@@ -366,9 +403,7 @@ def as_json(rows: Mapping[str, Row], options: argparse.Namespace) -> dict[str, A
         "lengths": options.lengths,
         "rows": {
             configuration.name: {
-                "policy": configuration.policy,
-                "arguments": dict(configuration.arguments),
-                "layer_ahead": configuration.layer_ahead,
+                "settings": dict(configuration.settings),
                 "tasks": {
                     kind: {length: _fields(score) for length, score in scores.items()}
                     for kind, scores in rows[configuration.name].tasks.items()
@@ -377,7 +412,7 @@ def as_json(rows: Mapping[str, Row], options: argparse.Namespace) -> dict[str, A
                     style: {length: _fields(score) for length, score in scores.items()}
                     for style, scores in rows[configuration.name].text.items()
                 },
-                "retained_mass": rows[configuration.name].retained_mass,
+                "retained_mass": retained_mass(rows[configuration.name]),
                 "decode_seconds": round(rows[configuration.name].seconds, 1),
             }
             for configuration in options.configurations
