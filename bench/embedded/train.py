@@ -59,7 +59,7 @@ MIXED = {
 }  # fmt: skip
 TEXT = {"library": 0.68, "chat": 0.22, "story": 0.1}
 TALK = {"library": 0.5, "chat": 0.42, "story": 0.08}
-READING = {"library": 0.86, "chat": 0.09, "story": 0.05}
+READING = {"library": 0.82, "chat": 0.13, "story": 0.05}
 RECALL = {"task": 0.6, "codes": 0.2, "fact_chat": 0.15, "pairs": 0.05}
 
 # Looking back is learned first, on short rows of random tokens where half of the targets pay for it; then words,
@@ -96,11 +96,11 @@ STAGES = (
     ),
     Stage(
         "library",
-        13.0,
+        8.0,
         (2.5e-3, 2e-5),
         (
-            Part(0.56, 8, 512, READING),
-            Part(0.12, 16, 256, {"codes": 1.0}),
+            Part(0.58, 8, 512, READING),
+            Part(0.1, 16, 256, {"codes": 1.0}),
             Part(0.16, 8, 512, RECALL, skip=0.5),
             Part(0.08, 2, 2048, RECALL, skip=0.5),
             Part(0.04, 1, 4096, RECALL, queries=512),
