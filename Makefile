@@ -19,7 +19,7 @@ help:
 	@echo "make test                            the whole suite"
 	@echo "make check                           ruff, mypy, pyright"
 	@echo "make format                          rewrite the sources as ruff formats them"
-	@echo "make sanitize                        the C++ test of the thread pool under two sanitizers"
+	@echo "make sanitize                        the C++ tests of pool and attention under two sanitizers"
 	@echo "make test-wheel                      build the wheel, serve from a fresh environment"
 	@echo "make wheel                           sdist and wheel in dist/"
 
@@ -35,8 +35,8 @@ sanitize: $(if $(CMAKE),,$(VENV)/.installed-dev)
 	for sanitizer in thread address,undefined; do \
 		build=build/sanitize-$$sanitizer && \
 		$(CMAKE) -S . -B $$build -DCMAKE_BUILD_TYPE=None -DHYBRIDGEN_SANITIZE=$$sanitizer && \
-		$(CMAKE) --build $$build --target pool_test --parallel && \
-		$$build/pool_test $(SANITIZE_SECONDS) || exit 1; \
+		$(CMAKE) --build $$build --target pool_test attend_test --parallel && \
+		$$build/pool_test $(SANITIZE_SECONDS) && $$build/attend_test $(SANITIZE_SECONDS) || exit 1; \
 	done
 
 check: $(VENV)/.installed-dev
