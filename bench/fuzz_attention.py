@@ -125,9 +125,10 @@ class Round:
         )
         if not (same and error <= limit and lse_error <= 2e-5):  # NaN fails too
             raise Mismatch(
-                f"seed {self.seed}, {pool.isa}, {pool.num_threads} threads: out is off by {error:.3g} "
-                f"(limit {limit:.3g}), lse by {lse_error:.3g}; {self.layout}, {self.num_heads} heads, "
-                f"kv_len {self.kv_len}, query_begin {self.query_begin}, split {self.split} of {self.num_pages} pages, window {self.window}"
+                f"seed {self.seed}, {pool.isa}, {pool.num_threads} threads: out is off by {error:.3g} (at most "
+                f"{limit:.3g}), lse by {lse_error:.3g}; {self.layout}, {self.num_heads} heads, "
+                f"kv_len {self.kv_len}, query_begin {self.query_begin}, "
+                f"split {self.split} of {self.num_pages} pages, window {self.window}"
             )
 
     def refuse(self, pool: AttentionPool) -> int:
