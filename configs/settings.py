@@ -260,10 +260,11 @@ class Settings(BaseSettings):
         ge=0,
         unit="pages",
     )
-    host_attention: Literal["exact", "mass"] = _setting(
+    host_attention: Literal["exact", "mass", "hybridgen"] = _setting(
         "KV cache",
         "How much of the host pages is read: `exact` all; `mass` an 8-bit index of every token, then only the tokens "
-        "that hold most of the softmax mass.",
+        "that hold most of the softmax mass; `hybridgen` all keys, then the values of a fixed share of tokens, "
+        "whatever mass they hold: for comparison.",
         default="exact",
     )
     attention_mass: float = _setting(
@@ -285,6 +286,26 @@ class Settings(BaseSettings):
         "KV cache",
         "Let `mass` count the tokens that it leaves out with their estimated mass and mean values.",
         default=True,
+    )
+    hybridgen_ratio: float = _setting(
+        "KV cache",
+        "Share of a sequence's host tokens that `hybridgen` attends to; at the start, with --hybridgen-adapt.",
+        default=0.05,
+        gt=0,
+        le=1,
+    )
+    hybridgen_adapt: bool = _setting(
+        "KV cache",
+        "Let `hybridgen` attend to more tokens, up to half, while the host is not slower than the device, and to "
+        "fewer, down to a hundredth, while it is.",
+        default=True,
+    )
+    hybridgen_feedback_interval: int = _setting(
+        "KV cache",
+        "How often --hybridgen-adapt changes the share.",
+        default=4,
+        ge=1,
+        unit="steps",
     )
     enable_prefix_caching: bool = _setting(
         "KV cache",
@@ -455,10 +476,13 @@ class EngineSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     num_device_pages: int = 0
     num_host_pages: int | None = None  # None: as many as kv_cache_memory_bytes holds
     num_sink_pages: int = 1  # first pages of a sequence that stay on the device
-    host_attention: Literal["exact", "mass"] = "exact"
+    host_attention: Literal["exact", "mass", "hybridgen"] = "exact"
     attention_mass: float = 0.99
     attention_mass_floor: float | None = None  # None: twice as much may be left out as on average
     attention_tail: bool = True
+    hybridgen_ratio: float = 0.05
+    hybridgen_adapt: bool = True
+    hybridgen_feedback_interval: int = 4  # steps
     kv_cache_memory_bytes: int = 4 << 30
     enable_prefix_caching: bool = True
     seed: int = 0
@@ -486,6 +510,9 @@ def engine_settings(settings: Settings) -> EngineSettings:
         attention_mass=settings.attention_mass,
         attention_mass_floor=settings.attention_mass_floor,
         attention_tail=settings.attention_tail,
+        hybridgen_ratio=settings.hybridgen_ratio,
+        hybridgen_adapt=settings.hybridgen_adapt,
+        hybridgen_feedback_interval=settings.hybridgen_feedback_interval,
         kv_cache_memory_bytes=settings.kv_cache_memory_bytes,
         enable_prefix_caching=settings.enable_prefix_caching,
         seed=settings.seed,

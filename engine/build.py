@@ -24,6 +24,7 @@ from hybridgen.engine.sampler import Sampler
 from hybridgen.engine.weights import WeightError, dummy_weights, load_weights, resolve_model
 from hybridgen.kernels.policies.base import Policy
 from hybridgen.kernels.policies.exact import ExactPolicy
+from hybridgen.kernels.policies.hybridgen import HybridGenPolicy
 from hybridgen.kernels.policies.mass import MassPolicy
 from hybridgen.kernels.pool import AttentionPool
 from hybridgen.scheduler.scheduler import Scheduler
@@ -135,6 +136,13 @@ def make_policy(settings: EngineSettings, num_layers: int) -> Policy:
     """
     if settings.host_attention == "exact":
         return ExactPolicy()
+    if settings.host_attention == "hybridgen":
+        return HybridGenPolicy(
+            num_layers,
+            ratio=settings.hybridgen_ratio,
+            adapt=settings.hybridgen_adapt,
+            interval=settings.hybridgen_feedback_interval,
+        )
     return MassPolicy(
         num_layers,
         mass=settings.attention_mass,

@@ -14,6 +14,7 @@ from hybridgen.kernels.index import allocate_index
 from hybridgen.kernels.ops import merge
 from hybridgen.kernels.policies.base import Policy
 from hybridgen.kernels.policies.exact import ExactPolicy
+from hybridgen.kernels.policies.hybridgen import HybridGenPolicy
 from hybridgen.kernels.policies.mass import MassPolicy
 from hybridgen.kernels.pool import AttentionPool
 from hybridgen.scheduler.step import PageMove
@@ -96,7 +97,7 @@ class KVStore:
     def end_step(self) -> None:
         """The forward pass is over: let go of what was kept for it, and note what it retained."""
         self._policy.end_step()
-        if not isinstance(self._policy, MassPolicy):
+        if not isinstance(self._policy, MassPolicy | HybridGenPolicy):
             return
         retained, lowest = self.retained, None
         for layer in self._policy.stats():

@@ -107,7 +107,13 @@ class Ticket:
 
     __slots__ = ("_handle", "_lse", "_out", "_q")
 
-    def __init__(self, handle: _cpu.Attend | _cpu.MassAttend, q: Tensor, out: Tensor, lse: Tensor) -> None:
+    def __init__(
+        self,
+        handle: _cpu.Attend | _cpu.MassAttend | _cpu.HybridGenAttend,
+        q: Tensor,
+        out: Tensor,
+        lse: Tensor,
+    ) -> None:
         self._handle = handle
         self._q = q
         self._out = out
@@ -290,13 +296,17 @@ class AttentionStep:
         )
         return Ticket(handle, q, out, lse)
 
-    def query_stride(self, q: Tensor) -> int:
+    def query_stride(self, q: Tensor, num_rows: int | None = None) -> int:
         """Elements between the rows of q, which is to be [tokens, num_heads, head_dim] and of the pages' dtype.
+
+        Args:
+            num_rows: that q is to have, if not one for each token.
 
         Raises:
             ValueError: it is not.
         """
-        return self._row_stride(q, self._q_shape)
+        rows, heads, dim = self._q_shape
+        return self._row_stride(q, (rows if num_rows is None else num_rows, heads, dim))
 
     def _row_stride(self, rows: Tensor, shape: tuple[int, int, int], dtype: torch.dtype | None = None) -> int:
         row, head, dim = rows.stride() if rows.dim() == 3 else (0, 0, 0)

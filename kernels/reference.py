@@ -214,3 +214,25 @@ def select(estimates: Tensor, mass: float, num_sinks: int = 0, always_begin: int
     order = wanted.argsort(descending=True)
     before = scores[order].cumsum(0) - scores[order]
     return order[(before < mass) | wanted[order].isinf()].sort().values
+
+
+def attend_top_k(
+    q: Tensor, k: Tensor, v: Tensor, top_k: int, scale: float, soft_cap: float = 0.0
+) -> tuple[Tensor, Tensor]:
+    """Attention of each query head to the `top_k` keys of its largest logits alone, the earlier of equal ones first.
+
+    Args:
+        q: [heads, head_dim]
+        k, v: [tokens, kv_heads, head_dim]
+
+    Returns:
+        out [heads, head_dim] and lse [heads], natural log, in float64.
+    """
+    k, v = (half.double().repeat_interleave(len(q) // half.shape[1], dim=1) for half in (k, v))
+    logits = torch.einsum("hd,thd->ht", q.double(), k) * scale
+    tokens = logits.argsort(dim=-1, descending=True, stable=True)[:, :top_k]
+    chosen = logits.gather(1, tokens)
+    if soft_cap:
+        chosen = soft_cap * torch.tanh(chosen / soft_cap)
+    values = v.transpose(0, 1).gather(1, tokens[..., None].expand(-1, -1, v.shape[-1]))
+    return torch.einsum("ht,htd->hd", torch.softmax(chosen, dim=-1), values), torch.logsumexp(chosen, dim=-1)

@@ -49,6 +49,11 @@ struct AttendTask {       // some queries of one sequence against a run of key b
   bool out_float32;       // otherwise the dtype of q
   float* lse;             // [num_queries, group]  rows of lse_stride elements, natural log; may be null
   int64_t lse_stride;
+  float* logits;          // [num_queries, group, logits_stride]  q.k of key i at place i, not scaled: written by
+                          // `score`; given to `attend`, those of `selected` are taken from here and K is not read
+  int64_t logits_stride;  // a multiple of kBlockTokens
+  float* block_sums;      // [num_queries, group, logits_stride / kBlockTokens, 2]  written by `score`: the maximum of a
+                          // block's scaled logits in units of log 2, and the sum of 2^(logit - maximum)
 };
 
 // One block's partial: out [rows, head_dim] not yet divided by its sum, then maximum and sum [rows] each.
@@ -92,6 +97,7 @@ using RowsFn = void (*)(const RowsTask& task, int64_t begin, int64_t end);
 struct Kernels {
   AttendFn attend[kNumDtypes];
   AttendFn fold[kNumDtypes];  // combine the partials of blocks [block_begin, block_end) and write the result
+  AttendFn score[kNumDtypes];  // write the logits of these blocks, and read nothing but keys
   RowsFn rms_norm[kNumDtypes];
   RowsFn rotary[kNumDtypes];
   RowsFn silu_and_mul[kNumDtypes];

@@ -66,5 +66,6 @@ bool enable_amx() {
 }
 
 extern const AttendFn kAttendAmx = attend_tiles;
+extern const AttendFn kScoreAmx = score_tiles;
 
 }  // namespace hybridgen

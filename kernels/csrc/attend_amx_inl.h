@@ -125,3 +125,9 @@ void attend_tiles(const AttendTask& task, std::byte* scratch) {
   attend<AmxOps>(task, scratch);
   Tiles::release();
 }
+
+void score_tiles(const AttendTask& task, std::byte* scratch) {
+  Tiles::configure();
+  score<AmxOps>(task, scratch);
+  Tiles::release();
+}

@@ -64,5 +64,6 @@ struct Tiles {
 }  // namespace
 
 extern const AttendFn kAttendAmxModel = attend_tiles;
+extern const AttendFn kScoreAmxModel = score_tiles;
 
 }  // namespace hybridgen

@@ -129,6 +129,7 @@ struct FloatOps : Avx512Base {
 extern const Kernels kAvx512Kernels = {
     {attend<FloatOps<float>>, attend<FloatOps<BFloat16>>, attend<FloatOps<Float16>>},
     {fold<FloatOps<float>>, fold<FloatOps<BFloat16>>, fold<FloatOps<Float16>>},
+    {score<FloatOps<float>>, score<FloatOps<BFloat16>>, score<FloatOps<Float16>>},
     {rms_norm<float>, rms_norm<BFloat16>, rms_norm<Float16>},
     {rotary<float>, rotary<BFloat16>, rotary<Float16>},
     {silu_and_mul<float>, silu_and_mul<BFloat16>, silu_and_mul<Float16>},

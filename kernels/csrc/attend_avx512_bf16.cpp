@@ -109,5 +109,6 @@ struct BFloat16Ops : Avx512Base {
 
 extern const AttendFn kAttendAvx512Bf16 = attend<BFloat16Ops>;
 extern const AttendFn kFoldAvx512Bf16 = fold<BFloat16Ops>;
+extern const AttendFn kScoreAvx512Bf16 = score<BFloat16Ops>;
 
 }  // namespace hybridgen

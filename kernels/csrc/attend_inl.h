@@ -279,7 +279,8 @@ struct Stream {
   }
 };
 
-template <class Ops>
+// kValues: whether the block's values are read next, else the keys of what follows.
+template <class Ops, bool kValues>
 void score_block(const AttendTask& task, const Block& block, const typename Ops::Query* q,
                  typename Ops::Packed* packed, float* scores) {
   using Element = typename Ops::Element;
@@ -292,7 +293,8 @@ void score_block(const AttendTask& task, const Block& block, const typename Ops:
     for (int i = 0; i < num; i += kGroupTokens) {
       const int64_t* offsets = block.offsets + chunk + i;
       for (int j = 0; j < kGroupTokens; ++j) {
-        const Element* next = stream[chunk + i + j + kAheadTokens];
+        const int ahead = chunk + i + j + kAheadTokens;
+        const Element* next = kValues ? stream[ahead] : k + block.offsets[ahead];
         for (int dim = 0; dim < task.head_dim; dim += kLine) Ops::prefetch(next + dim);
       }
       Ops::pack_keys([&](int j) { return k + offsets[j]; }, task.head_dim,
@@ -349,6 +351,14 @@ void value_block(const AttendTask& task, const Block& block, const float* scores
   }
 }
 
+inline void find_scores(const AttendTask& task, const Block& block, float* scores) {
+  for (int r = 0; r < task.num_queries * task.group; ++r) {
+    const float* logits = task.logits + r * task.logits_stride;
+    float* row = scores + r * (kScoreRowBytes / 4);
+    for (int i = 0; i < block.num_keys; ++i) row[i] = logits[task.selected[min_int(block.origin + i, task.num_keys - 1)]];
+  }
+}
+
 template <class Ops>
 void attend_block(const AttendTask& task, int index, const typename Ops::Query* q, float* scores,
                   typename Ops::Packed* packed, const Partial& part) {
@@ -356,7 +366,11 @@ void attend_block(const AttendTask& task, int index, const typename Ops::Query* 
   Block block;
   find_block(task, index, block);
   if (block.num_keys == 0) return clear_partial(part, rows, task.head_dim);
-  score_block<Ops>(task, block, q, packed, scores);
+  if (task.logits == nullptr) {
+    score_block<Ops, true>(task, block, q, packed, scores);
+  } else {
+    find_scores(task, block, scores);
+  }
   for (int r = 0; r < rows; ++r) {
     const int query = r / task.group;
     const int row_begin = max_int(block.begin, task.begin[query] - block.origin);
@@ -374,23 +388,34 @@ T* carve(std::byte*& scratch, int64_t count) {
   return p;
 }
 
+// Rows that queries and scores have room for.
+template <class Ops>
+int padded_rows(int rows) {
+  return Ops::kTiles ? ceil_div(rows, 16) * 16 : rows;
+}
+
+template <class Ops>
+void pack_queries(const AttendTask& task, typename Ops::Query* q) {
+  const int rows = task.num_queries * task.group;
+  for (int r = 0; r < padded_rows<Ops>(rows); ++r) {
+    const auto* row = static_cast<const typename Ops::Element*>(task.q) + r / task.group * task.q_stride +
+                      static_cast<int64_t>(r % task.group) * task.head_dim;
+    Ops::pack(r < rows ? row : nullptr, task.head_dim, q, r);
+  }
+}
+
 template <class Ops>
 void attend(const AttendTask& task, std::byte* scratch) {
   using Element = typename Ops::Element;
   using Query = typename Ops::Query;
   const int rows = task.num_queries * task.group;
-  const int padded_rows = Ops::kTiles ? ceil_div(rows, 16) * 16 : rows;
-  Query* q = carve<Query>(scratch, static_cast<int64_t>(padded_rows) * kQueryStride<Query>);
-  float* scores = carve<float>(scratch, static_cast<int64_t>(padded_rows) * (kScoreRowBytes / 4));
+  Query* q = carve<Query>(scratch, static_cast<int64_t>(padded_rows<Ops>(rows)) * kQueryStride<Query>);
+  float* scores = carve<float>(scratch, static_cast<int64_t>(padded_rows<Ops>(rows)) * (kScoreRowBytes / 4));
   const Partial part = partial_at(carve<float>(scratch, partial_floats(rows, task.head_dim)), rows, task.head_dim);
   const Partial total = partial_at(carve<float>(scratch, partial_floats(rows, task.head_dim)), rows, task.head_dim);
   auto* packed = carve<typename Ops::Packed>(scratch, kChunkTokens / kGroupTokens * static_cast<int64_t>(key_stride(task.head_dim)));
 
-  for (int r = 0; r < padded_rows; ++r) {
-    const Element* row = static_cast<const Element*>(task.q) + r / task.group * task.q_stride +
-                         static_cast<int64_t>(r % task.group) * task.head_dim;
-    Ops::pack(r < rows ? row : nullptr, task.head_dim, q, r);
-  }
+  if (task.logits == nullptr) pack_queries<Ops>(task, q);
   if (task.partial != nullptr) {
     for (int index = task.block_begin; index < task.block_end; ++index) {
       float* partial = task.partial + (index - task.partial_begin) * partial_floats(rows, task.head_dim);
@@ -416,4 +441,29 @@ void fold(const AttendTask& task, std::byte* scratch) {
                  rows, task.head_dim);
   }
   write_result<typename Ops::Element>(task, total);
+}
+
+template <class Ops>
+void score(const AttendTask& task, std::byte* scratch) {
+  using Query = typename Ops::Query;
+  const int rows = task.num_queries * task.group;
+  const int64_t num_blocks = task.logits_stride / kBlockTokens;
+  Query* q = carve<Query>(scratch, static_cast<int64_t>(padded_rows<Ops>(rows)) * kQueryStride<Query>);
+  float* scores = carve<float>(scratch, static_cast<int64_t>(padded_rows<Ops>(rows)) * (kScoreRowBytes / 4));
+  auto* packed = carve<typename Ops::Packed>(scratch, kChunkTokens / kGroupTokens * static_cast<int64_t>(key_stride(task.head_dim)));
+  pack_queries<Ops>(task, q);
+  for (int index = task.block_begin; index < task.block_end; ++index) {
+    Block block;
+    find_block(task, index, block);
+    if (block.num_keys > 0) score_block<Ops, false>(task, block, q, packed, scores);
+    for (int r = 0; r < rows; ++r) {
+      const int begin = max_int(block.begin, task.begin[r / task.group] - block.origin);
+      const int end = min_int(block.end, task.end[r / task.group] - block.origin);
+      float* row = scores + r * (kScoreRowBytes / 4);
+      float* logits = task.logits + r * task.logits_stride + block.origin;
+      for (int i = begin; i < end; ++i) logits[i] = row[i];
+      float* sums = task.block_sums + (r * num_blocks + index) * 2;
+      Ops::softmax(row, begin, end, block.num_keys, task.scale, task.soft_cap, sums[0], sums[1]);
+    }
+  }
 }

@@ -118,6 +118,7 @@ struct ScalarOps {
 extern const Kernels kScalarKernels = {
     {attend<ScalarOps<float>>, attend<ScalarOps<BFloat16>>, attend<ScalarOps<Float16>>},
     {fold<ScalarOps<float>>, fold<ScalarOps<BFloat16>>, fold<ScalarOps<Float16>>},
+    {score<ScalarOps<float>>, score<ScalarOps<BFloat16>>, score<ScalarOps<Float16>>},
     {rms_norm<float>, rms_norm<BFloat16>, rms_norm<Float16>},
     {rotary<float>, rotary<BFloat16>, rotary<Float16>},
     {silu_and_mul<float>, silu_and_mul<BFloat16>, silu_and_mul<Float16>},

@@ -14,8 +14,11 @@ extern const Kernels kAvx2Kernels;
 extern const Kernels kAvx512Kernels;
 extern const AttendFn kAttendAvx512Bf16;
 extern const AttendFn kFoldAvx512Bf16;
+extern const AttendFn kScoreAvx512Bf16;
 extern const AttendFn kAttendAmx;
+extern const AttendFn kScoreAmx;
 extern const AttendFn kAttendAmxModel;
+extern const AttendFn kScoreAmxModel;
 bool enable_amx();
 #endif
 
@@ -49,10 +52,13 @@ std::vector<Isa> detect() {
   Kernels bf16 = kAvx512Kernels;
   bf16.attend[static_cast<int>(Dtype::bfloat16)] = kAttendAvx512Bf16;
   bf16.fold[static_cast<int>(Dtype::bfloat16)] = kFoldAvx512Bf16;
+  bf16.score[static_cast<int>(Dtype::bfloat16)] = kScoreAvx512Bf16;
   Kernels amx = bf16;
   amx.attend[static_cast<int>(Dtype::bfloat16)] = kAttendAmx;
+  amx.score[static_cast<int>(Dtype::bfloat16)] = kScoreAmx;
   Kernels amx_model = bf16;
   amx_model.attend[static_cast<int>(Dtype::bfloat16)] = kAttendAmxModel;
+  amx_model.score[static_cast<int>(Dtype::bfloat16)] = kScoreAmxModel;
   isas.push_back({"amx_model", avx512_bf16, amx_model});
   isas.push_back({"avx2", avx2, kAvx2Kernels});
   isas.push_back({"avx512", avx512, kAvx512Kernels});

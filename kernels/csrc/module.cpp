@@ -7,6 +7,7 @@
 
 #include <stdexcept>
 
+#include "bind_hybridgen.h"
 #include "bind_mass.h"
 #include "bind_pool.h"
 #include "isa.h"
@@ -127,6 +128,7 @@ NB_MODULE(_cpu, m) {
 
   bind_pool(m);
   bind_mass(m);
+  bind_hybridgen(m);
 
   nb::class_<Step>(m, "Step")
       .def(

@@ -61,6 +61,7 @@ class Step {
   std::unique_ptr<Attend> submit(const Queries& queries);
 
  private:
+  friend class HybridGenStep;
   friend class MassStep;
 
   struct Tile {  // consecutive queries of one sequence

@@ -247,6 +247,29 @@ def test_a_mass_close_to_one_gives_the_tokens_of_exact_attention(longer: Path, n
     assert run(core, requests) == expected
 
 
+@pytest.mark.parametrize("num_device_pages", [0, 6])
+def test_hybridgen_at_ratio_one_gives_the_tokens_of_exact_attention(
+    longer: Path, num_device_pages: int
+) -> None:
+    requests = {"x": random_tokens(1500, seed=2), "y": random_tokens(40, seed=3)}
+    settings = {"num_device_pages": num_device_pages, "num_host_pages": 120, "hybridgen_adapt": False}
+    core = engine(longer, host_attention="hybridgen", hybridgen_ratio=1.0, **settings)
+    assert run(core, requests) == run(engine(longer, num_host_pages=120), requests)
+    assert core.stats().retained_mass_total == pytest.approx(core.stats().num_measured_heads_total, rel=1e-5)
+
+
+def test_hybridgen_attends_to_the_share_of_tokens_asked_for(longer: Path) -> None:
+    core = engine(
+        longer, host_attention="hybridgen", hybridgen_ratio=0.1, hybridgen_adapt=False, num_host_pages=110
+    )
+    short = SamplingParams(max_tokens=12, temperature=0.0, ignore_eos=True)
+    run(core, {"x": random_tokens(1600, seed=1)}, short)
+    stats = core.stats()
+    assert stats.num_measured_heads_total == 11 * 2 * 4
+    assert stats.num_selected_tokens_total == sum(2 * 4 * int(0.1 * (1600 + i)) for i in range(1, 12))
+    assert 0.1 <= stats.retained_mass_total / stats.num_measured_heads_total < 1
+
+
 def test_what_is_measured_is_nothing_where_every_key_is_read(longer: Path) -> None:
     core = engine(longer, num_device_pages=6)
     run(core, {"x": random_tokens(100, seed=1)})
