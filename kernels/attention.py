@@ -18,7 +18,7 @@ In csrc/, `attend_inl.h` is the algorithm, `pool.h` the threads and `step.h` the
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, overload
+from typing import Literal, Protocol, overload
 
 import torch
 from torch import Tensor
@@ -102,18 +102,20 @@ def copy_pages(
         build_index(pool, target.layout, target.k, target.v, target.index, target_pages)
 
 
+class Job(Protocol):
+    """Work that a pool has taken."""
+
+    def wait(self) -> None: ...
+
+    def is_done(self) -> bool: ...
+
+
 class Ticket:
     """Attention that was submitted. It holds its tensors until it is done; dropped, it waits."""
 
     __slots__ = ("_handle", "_lse", "_out", "_q")
 
-    def __init__(
-        self,
-        handle: _cpu.Attend | _cpu.MassAttend | _cpu.HybridGenAttend,
-        q: Tensor,
-        out: Tensor,
-        lse: Tensor,
-    ) -> None:
+    def __init__(self, handle: Job, q: Tensor, out: Tensor, lse: Tensor) -> None:
         self._handle = handle
         self._q = q
         self._out = out

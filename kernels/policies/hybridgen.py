@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from hybridgen.kernels import _cpu
-from hybridgen.kernels.attention import AttentionStep, Ticket
+from hybridgen.kernels.attention import AttentionStep, Job, Ticket
 from hybridgen.kernels.policies.mass import MIN_TOKENS
 
 RATIO = 0.05
@@ -86,9 +86,7 @@ class _Waits:
 class _TimedTicket(Ticket):
     __slots__ = ("_waits",)
 
-    def __init__(
-        self, handle: _cpu.HybridGenAttend, q: Tensor, out: Tensor, lse: Tensor, waits: _Waits
-    ) -> None:
+    def __init__(self, handle: Job, q: Tensor, out: Tensor, lse: Tensor, waits: _Waits) -> None:
         super().__init__(handle, q, out, lse)
         self._waits = waits
 
@@ -250,7 +248,7 @@ class HybridGenPolicy:
         )
         return _TimedTicket(job, q, out, lse, self._waits)
 
-    def _prepare(self, step: AttentionStep) -> _cpu.HybridGenStep:
+    def _prepare(self, step: AttentionStep) -> "_cpu.HybridGenStep":
         if self._handle is None or self._step is not step:
             self._ahead.clear()
             self._step = step
