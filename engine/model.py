@@ -120,7 +120,7 @@ class Decoder:
         spec, weights = self.spec, self._weights
         x = F.embedding(tokens, weights.embedding)
         if weights.project_in is not None:
-            x = weights.project_in(x)
+            x = weights.project_in(x, pool=self._pool)
         if weights.positions is not None:
             x = x + F.embedding(positions + spec.learned_position_offset, weights.positions)
         rotation = None if self._rotary is None else self._rotary.lookup(positions, prompt_lens)
@@ -129,12 +129,12 @@ class Decoder:
             if spec.pre_norm
             else (self._post_norm_layers(x, rotation, attention)[rows])
         )
-        return x if weights.project_out is None else weights.project_out(x)
+        return x if weights.project_out is None else weights.project_out(x, pool=self._pool)
 
     @torch.inference_mode()
     def logits(self, hidden: Tensor) -> Tensor:
         """[rows, embed_size] -> [rows, vocab_size], in the model's dtype."""
-        return self._weights.lm_head(hidden)
+        return self._weights.lm_head(hidden, pool=self._pool)
 
     def _pre_norm_layers(
         self, x: Tensor, rotation: tuple[Tensor, Tensor] | None, attention: Attention, rows: Tensor
@@ -176,7 +176,7 @@ class Decoder:
         attention: Attention,
     ) -> Tensor:
         spec = self.spec
-        heads = layer.qkv(x)
+        heads = layer.qkv(x, pool=self._pool)
         heads = heads.view(len(x), spec.num_heads + 2 * spec.num_kv_heads, spec.head_dim)
         q = heads[:, : spec.num_heads]
         k = heads[:, spec.num_heads : spec.num_heads + spec.num_kv_heads]
@@ -187,7 +187,7 @@ class Decoder:
             rotary_(q, k, *rotation, pool=self._pool)
         attention.store(index, k, v)
         out = attention.attend(index, q, sliding_window=spec.sliding_windows[index])
-        return layer.out(out.view(len(x), -1))
+        return layer.out(out.view(len(x), -1), pool=self._pool)
 
     def _look_ahead(
         self, index: int, hidden: Tensor, rotation: tuple[Tensor, Tensor] | None, attention: Attention
@@ -199,7 +199,7 @@ class Decoder:
         layer, x = self._weights.layers[index], hidden[rows]
         if spec.pre_norm:
             x = self._norm(x, layer.attention_norm)
-        q = self._ahead_q[index](x).view(len(rows), spec.num_heads, spec.head_dim)
+        q = self._ahead_q[index](x, pool=self._pool).view(len(rows), spec.num_heads, spec.head_dim)
         if layer.q_norm is not None:
             q = self._rms_norm(q, layer.q_norm)
         if rotation is not None:
@@ -208,7 +208,7 @@ class Decoder:
         attention.ahead(index, q)
 
     def _mlp(self, layer: LayerWeights, x: Tensor) -> Tensor:
-        up = layer.up(x)
+        up = layer.up(x, pool=self._pool)
         if not self.spec.gated_mlp:
             up = self._activation(up)
         elif self.spec.activation == "silu":
@@ -216,7 +216,7 @@ class Decoder:
         else:
             gate, up = up.chunk(2, dim=-1)
             up = self._activation(gate) * up
-        return layer.down(up)
+        return layer.down(up, pool=self._pool)
 
     def _norm(self, x: Tensor, norm: Norm) -> Tensor:
         if self.spec.rms_norm:

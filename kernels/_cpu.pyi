@@ -85,6 +85,19 @@ class Attend:
     def wait(self) -> None: ...
     def is_done(self) -> bool: ...
 
+def linear(
+    pool: Pool,
+    x: int,
+    x_stride: int,
+    weight: int,
+    bias: int,
+    out: int,
+    out_stride: int,
+    rows: int,
+    inputs: int,
+    outputs: int,
+) -> None: ...
+def has_linear(isa: str, /) -> bool: ...
 def copy_pages(
     pool: Pool,
     source_k: int,

@@ -1,13 +1,20 @@
-"""x @ weight.T + bias, with the weight laid out once for the processor that reads it.
+"""x @ weight.T + bias, for few rows at the rate at which the weight can be read.
 
 On a CPU in bfloat16, oneDNN's matrix product wants the weight in blocks; `torch.nn.functional.linear` reorders it at
-every call, which costs a decode step a third of its time. The reordered weight takes the place of the plain one.
-The operators are those that torch's own compiler uses when it freezes a model.
+every call, which a prompt does not notice and a decode step does. Where the pool has a product of its own (AVX512_BF16)
+the weight stays as it is: few rows go to the pool, which reads it in one stream, many to torch. Elsewhere the reordered
+weight takes the place of the plain one; the operators are those that torch's own compiler uses when it freezes a model.
 """
 
 import torch
 import torch.nn.functional as F  # noqa: N812 (torch's own habit)
 from torch import Tensor
+
+from hybridgen.kernels import _cpu
+from hybridgen.kernels.isa import select_isa
+from hybridgen.kernels.pool import AttentionPool
+
+FEW_ROWS = 64  # from here on the reordering is lost in the product
 
 
 class Linear:
@@ -18,12 +25,13 @@ class Linear:
         bias: [out]
     """
 
-    __slots__ = ("_is_packed", "bias", "shape", "weight")
+    __slots__ = ("_is_packed", "_streams", "bias", "shape", "weight")
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
         self.shape = (weight.shape[0], weight.shape[1])
         self.bias = bias
-        self._is_packed = can_pack(weight)
+        self._streams = can_stream(weight)
+        self._is_packed = not self._streams and can_pack(weight)
         self.weight = torch.ops.mkldnn._reorder_linear_weight(weight) if self._is_packed else weight
 
     def first(self, outputs: int) -> "Linear":
@@ -31,12 +39,46 @@ class Linear:
         weight = self.weight.to_dense() if self._is_packed else self.weight
         return Linear(weight[:outputs], None if self.bias is None else self.bias[:outputs])
 
-    def __call__(self, x: Tensor) -> Tensor:
-        """[rows, in] -> [rows, out], in the dtype of x, which is the weight's."""
+    def __call__(self, x: Tensor, *, pool: AttentionPool | None = None) -> Tensor:
+        """[rows, in] -> [rows, out], in the dtype of x, which is the weight's. Few rows are shared out over `pool`."""
+        if self._streams and pool is not None and len(x) < FEW_ROWS and _cpu.has_linear(pool.isa):
+            return self._stream(x, pool)
         if not self._is_packed:
             return F.linear(x, self.weight, self.bias)
         out: Tensor = torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
         return out
+
+    def _stream(self, x: Tensor, pool: AttentionPool) -> Tensor:
+        outputs, inputs = self.shape
+        if x.shape[1] != inputs or x.dtype != self.weight.dtype:
+            raise ValueError(f"x {tuple(x.shape)} in {x.dtype} does not go with a weight {self.shape}")
+        if x.stride(1) != 1 and inputs > 1:
+            x = x.contiguous()
+        out = torch.empty((len(x), outputs), dtype=x.dtype)
+        _cpu.linear(
+            pool.handle,
+            x.data_ptr(),
+            x.stride(0),
+            self.weight.data_ptr(),
+            0 if self.bias is None else self.bias.data_ptr(),
+            out.data_ptr(),
+            outputs,
+            len(x),
+            inputs,
+            outputs,
+        )
+        return out
+
+
+def can_stream(weight: Tensor) -> bool:
+    """Whether the pool's own product can read this weight as it is, on this machine's chosen path."""
+    return (
+        weight.dtype == torch.bfloat16
+        and weight.device.type == "cpu"
+        and weight.is_contiguous()
+        and weight.numel() > 0
+        and _cpu.has_linear(select_isa())
+    )
 
 
 def can_pack(weight: Tensor) -> bool:

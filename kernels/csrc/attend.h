@@ -94,6 +94,19 @@ struct RowsTask {  // one of the small row-wise operations; rows [begin, end)
 
 using RowsFn = void (*)(const RowsTask& task, int64_t begin, int64_t end);
 
+struct LinearTask {    // out = x @ weight.T + bias, all bfloat16, sums in float32
+  const void* x;       // [rows, inputs]  rows of x_stride elements
+  int64_t x_stride;
+  const void* weight;  // [outputs, inputs]
+  const void* bias;    // [outputs]  or null
+  void* out;           // [rows, outputs]  rows of out_stride elements
+  int64_t out_stride;
+  int64_t rows;
+  int64_t inputs;
+};
+
+using LinearFn = void (*)(const LinearTask& task, int64_t begin, int64_t end);  // outputs [begin, end)
+
 struct Kernels {
   AttendFn attend[kNumDtypes];
   AttendFn fold[kNumDtypes];  // combine the partials of blocks [block_begin, block_end) and write the result
@@ -102,6 +115,7 @@ struct Kernels {
   RowsFn rotary[kNumDtypes];
   RowsFn silu_and_mul[kNumDtypes];
   RowsFn merge[kNumDtypes];
+  LinearFn linear = nullptr;  // null: none on this path
 };
 
 }  // namespace hybridgen

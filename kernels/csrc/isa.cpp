@@ -19,6 +19,7 @@ extern const AttendFn kAttendAmx;
 extern const AttendFn kScoreAmx;
 extern const AttendFn kAttendAmxModel;
 extern const AttendFn kScoreAmxModel;
+extern const LinearFn kLinearAvx512Bf16;
 bool enable_amx();
 #endif
 
@@ -53,6 +54,7 @@ std::vector<Isa> detect() {
   bf16.attend[static_cast<int>(Dtype::bfloat16)] = kAttendAvx512Bf16;
   bf16.fold[static_cast<int>(Dtype::bfloat16)] = kFoldAvx512Bf16;
   bf16.score[static_cast<int>(Dtype::bfloat16)] = kScoreAvx512Bf16;
+  bf16.linear = kLinearAvx512Bf16;
   Kernels amx = bf16;
   amx.attend[static_cast<int>(Dtype::bfloat16)] = kAttendAmx;
   amx.score[static_cast<int>(Dtype::bfloat16)] = kScoreAmx;

@@ -54,6 +54,36 @@ void run_rows(Pool* pool, RowsFn fn, const RowsTask& task, int64_t rows, int64_t
       &call, 0, false);
 }
 
+constexpr int64_t kLinearItemBytes = 128 << 10;
+constexpr int64_t kLinearAloneBytes = 256 << 10;
+
+// x @ weight.T + bias: the weight's rows shared out, so that each item reads a run of it.
+void linear(Pool& pool, uintptr_t x, int64_t x_stride, uintptr_t weight, uintptr_t bias, uintptr_t out,
+            int64_t out_stride, int64_t rows, int64_t inputs, int64_t outputs) {
+  const LinearFn fn = pool.kernels().linear;
+  if (fn == nullptr) throw std::invalid_argument("no such product on this instruction set");
+  struct Call {
+    LinearFn fn;
+    LinearTask task;
+    int64_t outputs;
+    int64_t item_outputs;
+  };
+  const int64_t per_item = (kLinearItemBytes / (inputs * 2) + 15) / 16 * 16;
+  const Call call{fn,
+                  {pointer<void>(x), x_stride, pointer<void>(weight), pointer<void>(bias), pointer<void>(out), out_stride,
+                   rows, inputs},
+                  outputs,
+                  per_item > 16 ? per_item : 16};
+  pool.run(
+      static_cast<int32_t>((outputs + call.item_outputs - 1) / call.item_outputs),
+      [](const void* context, int32_t item, std::byte*) {
+        const Call& c = *static_cast<const Call*>(context);
+        const int64_t begin = int64_t{item} * c.item_outputs;
+        c.fn(c.task, begin, begin + c.item_outputs < c.outputs ? begin + c.item_outputs : c.outputs);
+      },
+      &call, 0, inputs * outputs * 2 * (rows > 8 ? rows / 8 : 1) < kLinearAloneBytes);
+}
+
 struct Rows {  // the row-wise operations of one ISA and dtype
   Rows(const std::string& isa, const std::string& dtype)
       : kernels(find_kernels(isa)), dtype(static_cast<int>(dtype_of(dtype))), bytes(dtype_bytes(dtype_of(dtype))) {}
@@ -175,6 +205,11 @@ NB_MODULE(_cpu, m) {
   nb::class_<Step::Attend>(m, "Attend")
       .def("wait", &Step::Attend::wait, nb::call_guard<nb::gil_scoped_release>())
       .def("is_done", &Step::Attend::is_done);
+
+  m.def("linear", &linear, nb::arg("pool"), nb::arg("x"), nb::arg("x_stride"), nb::arg("weight"), nb::arg("bias"),
+        nb::arg("out"), nb::arg("out_stride"), nb::arg("rows"), nb::arg("inputs"), nb::arg("outputs"),
+        nb::call_guard<nb::gil_scoped_release>());
+  m.def("has_linear", [](const std::string& isa) { return find_kernels(isa).linear != nullptr; });
 
   m.def(
       "copy_pages",
