@@ -200,7 +200,7 @@ class IndexPages:
 
 class MassRecord:
     def __init__(self, num_layers: int) -> None: ...
-    def read(self) -> list[tuple[int, float, float, int, int, int, int]]: ...
+    def read(self) -> list[tuple[int, float, float, int, int, int, int, int, int]]: ...
 
 class MassStep:
     def __init__(
@@ -218,9 +218,23 @@ class MassStep:
     ) -> None: ...
     @property
     def num_scanned(self) -> int: ...
+    @property
+    def scanned_rows(self) -> list[int]: ...
     def submit(
-        self, layer: int, q: int, q_stride: int, out: int, out_stride: int, lse: int, soft_cap: float
+        self,
+        layer: int,
+        q: int,
+        q_stride: int,
+        out: int,
+        out_stride: int,
+        lse: int,
+        soft_cap: float,
+        foretelling: MassForetelling | None,
     ) -> MassAttend: ...
+    def foretell(self, layer: int, q: int, q_stride: int, soft_cap: float) -> MassForetelling: ...
+
+class MassForetelling:
+    def is_done(self) -> bool: ...
 
 class MassAttend:
     def wait(self) -> None: ...

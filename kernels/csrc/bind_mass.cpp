@@ -1,6 +1,7 @@
 // The index of K and the mass policy in Python; wrapped by kernels/index.py and kernels/policies/mass.py.
 #include "bind_mass.h"
 
+#include <nanobind/stl/shared_ptr.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/tuple.h>
 #include <nanobind/stl/unique_ptr.h>
@@ -140,8 +141,8 @@ void bind_mass(nb::module_& m) {
            nb::arg("soft_cap"), nb::arg("layer_head"), nb::arg("block_table"), nb::arg("num_tokens"),
            nb::arg("num_sinks"), nb::arg("always_begin"), nb::arg("mass"));
 
-  // Of all layers, since the last read: count, sum, minimum, scanned, attended, widened, full of each.
-  using StatsTuple = std::tuple<int64_t, double, double, int64_t, int64_t, int64_t, int64_t>;
+  // Of all layers, since the last read: count, sum, minimum, scanned, attended, widened, full, foretold, rescanned.
+  using StatsTuple = std::tuple<int64_t, double, double, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t>;
   nb::class_<MassRecord>(m, "MassRecord")
       .def(
           "__init__",
@@ -153,7 +154,7 @@ void bind_mass(nb::module_& m) {
         std::vector<StatsTuple> layers;
         for (MassStats& layer : self.layers) {
           layers.emplace_back(layer.count, layer.sum, layer.minimum, layer.scanned, layer.attended, layer.widened,
-                              layer.full);
+                              layer.full, layer.foretold, layer.rescanned);
           layer = {};
         }
         return layers;
@@ -174,13 +175,24 @@ void bind_mass(nb::module_& m) {
       .def(
           "submit",
           [](MassStep& self, int32_t layer, uintptr_t q, int64_t q_stride, uintptr_t out, int64_t out_stride,
-             uintptr_t lse, float soft_cap) {
+             uintptr_t lse, float soft_cap, std::shared_ptr<MassStep::Foretelling> foretelling) {
+            const nb::gil_scoped_release unlocked;
             return self.submit({layer, pointer<std::byte>(q), q_stride, pointer<std::byte>(out), out_stride, true,
-                                pointer<float>(lse), 0, soft_cap});
+                                pointer<float>(lse), 0, soft_cap},
+                               std::move(foretelling));
           },
           nb::arg("layer"), nb::arg("q"), nb::arg("q_stride"), nb::arg("out"), nb::arg("out_stride"), nb::arg("lse"),
-          nb::arg("soft_cap"), nb::keep_alive<0, 1>(), nb::call_guard<nb::gil_scoped_release>());
+          nb::arg("soft_cap"), nb::arg("foretelling").none(), nb::keep_alive<0, 1>())
+      .def_prop_ro("scanned_rows", &MassStep::scanned_rows)
+      .def(
+          "foretell",
+          [](MassStep& self, int32_t layer, uintptr_t q, int64_t q_stride, float soft_cap) {
+            return self.foretell(layer, pointer<std::byte>(q), q_stride, soft_cap);
+          },
+          nb::arg("layer"), nb::arg("q"), nb::arg("q_stride"), nb::arg("soft_cap"), nb::keep_alive<0, 1>(),
+          nb::call_guard<nb::gil_scoped_release>());
 
+  nb::class_<MassStep::Foretelling>(m, "MassForetelling").def("is_done", &MassStep::Foretelling::is_done);
   nb::class_<MassStep::Attend>(m, "MassAttend")
       .def("wait", &MassStep::Attend::wait, nb::call_guard<nb::gil_scoped_release>())
       .def("is_done", &MassStep::Attend::is_done);

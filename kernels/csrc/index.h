@@ -86,7 +86,7 @@ struct ScanTask {              // blocks [block_begin, block_end) of one sequenc
                        // inf: a key cannot be estimated
 };
 constexpr int64_t scan_scratch_bytes(int64_t group, int32_t head_dim) {
-  return group * (kIndexUnit + 16) * 4 + index_chunks(head_dim) * 64 + 2 * index_group_bytes(head_dim) + 4 * 64;
+  return group * (kIndexUnit + 48) * 4 + index_chunks(head_dim) * 64 + 2 * index_group_bytes(head_dim) + 4 * 64;
 }
 
 struct ScoreTask {  // weights of blocks [block_begin, block_end) to keys and how many tokens each bin holds
@@ -119,6 +119,16 @@ struct PickTask {  // the tokens of blocks [block_begin, block_end) whose keys a
 
 constexpr int64_t pick_scratch_bytes(int64_t group) { return group * 64 + 64; }
 
+struct VerifyTask {  // how the mass of tokens that were left out changes with the query, by every eighth unit of them
+  ScanTask scan;            // of the new query; `weights`, `sum` and `scale` are not used
+  uint32_t low;             // tokens whose keys are below this were left out
+  const uint16_t* keys;     // [num_blocks, 64, 32]  of the old query, and so are
+  const uint16_t* weights;  // [num_blocks, 64, group, 32]
+  float* before;            // [group, num_blocks]  weights of the sampled tokens, added up
+  float* now;               // [group, num_blocks]  by the new query
+};
+constexpr int kVerifyStride = 8;
+
 struct IndexKernels {
   // Keys [num_tokens] rows of k_stride elements, to the places of tokens [first, first + num_tokens) in `page`, one
   // layer and head of a page. The same bits on every ISA.
@@ -135,6 +145,7 @@ struct IndexKernels {
   void (*scan)(const ScanTask& task, std::byte* scratch);
   void (*score)(const ScoreTask& task, std::byte* scratch);
   int32_t (*pick)(const PickTask& task, std::byte* scratch);  // returns how many
+  void (*verify)(const VerifyTask& task, std::byte* scratch);  // as much scratch as `scan`
 };
 
 struct SelectTask {  // all of `scan`, `score` and `pick` for one KV head, in the calling thread

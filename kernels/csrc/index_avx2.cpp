@@ -110,6 +110,7 @@ extern const IndexKernels kAvx2Index = {
     scan<Avx2Ops>,
     score<Avx2Ops>,
     pick<Avx2Ops>,
+    verify<Avx2Ops>,
 };
 
 }  // namespace hybridgen

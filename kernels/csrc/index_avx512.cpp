@@ -99,6 +99,7 @@ extern const IndexKernels kAvx512Index = {
     scan<Avx512Ops>,
     score<Avx512Ops>,
     pick<Avx512Ops>,
+    verify<Avx512Ops>,
 };
 
 }  // namespace hybridgen

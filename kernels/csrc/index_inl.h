@@ -302,6 +302,18 @@ inline float widest_lane(const uint16_t* lanes) {
   return largest.bits < 0x7c00u ? to_float(largest) : kInfinity;
 }
 
+// row: [group, 32]
+template <class Ops>
+void find_reference(const ScanTask& task, float* row, std::byte* scratch) {
+  estimate<Ops>(task, 0, row, scratch);
+  const int num_first = task.num_tokens < kIndexUnit ? task.num_tokens : kIndexUnit;
+  for (int r = 0; r < task.query.group; ++r) {
+    float largest = -kInfinity;
+    for (int i = 0; i < num_first; ++i) largest = row[r * kIndexUnit + i] > largest ? row[r * kIndexUnit + i] : largest;
+    task.reference[r] = largest > -kInfinity ? largest : 0.0f;
+  }
+}
+
 template <class Ops>
 void scan(const ScanTask& task, std::byte* scratch) {
   const IndexQuery& query = task.query;
@@ -313,13 +325,7 @@ void scan(const ScanTask& task, std::byte* scratch) {
   uint16_t* scales = carve_index<uint16_t>(scratch, int64_t{2} * chunks * kIndexGroup);
   const Cursor cursor{task};
 
-  estimate<Ops>(task, 0, row, scratch);
-  const int num_first = task.num_tokens < kIndexUnit ? task.num_tokens : kIndexUnit;
-  for (int r = 0; r < group; ++r) {
-    float largest = -kInfinity;
-    for (int i = 0; i < num_first; ++i) largest = row[r * kIndexUnit + i] > largest ? row[r * kIndexUnit + i] : largest;
-    task.reference[r] = largest > -kInfinity ? largest : 0.0f;
-  }
+  find_reference<Ops>(task, row, scratch);
 
   const int num_units = (task.num_tokens + kIndexUnit - 1) / kIndexUnit;
   const int whole_units = task.num_tokens / kIndexUnit;
@@ -455,6 +461,56 @@ int32_t pick(const PickTask& task, std::byte* scratch) {
     }
   }
   return count;
+}
+
+template <class Ops>
+void verify(const VerifyTask& task, std::byte* scratch) {
+  const ScanTask& scan = task.scan;
+  const IndexQuery& query = scan.query;
+  const int group = query.group;
+  float* row = carve_index<float>(scratch, int64_t{group} * kIndexUnit);
+  float* sums = carve_index<float>(scratch, int64_t{group} * 32);
+  const Cursor cursor{scan};
+  find_reference<Ops>(scan, row, scratch);
+  const HalfLanes low = HalfLanes{} + static_cast<uint16_t>(task.low);
+  const int num_units = (scan.num_tokens + kIndexUnit - 1) / kIndexUnit;
+  for (int block = scan.block_begin; block < scan.block_end; ++block) {
+    for (int i = 0; i < group * 32; ++i) sums[i] = 0.0f;
+    const int end = (block + 1) * kBlockUnits < num_units ? (block + 1) * kBlockUnits : num_units;
+    for (int unit = block * kBlockUnits; unit < end; unit += kVerifyStride) {
+      const std::byte* groups[2] = {cursor.at(unit * 2), cursor.at(unit * 2 + 1)};
+      const std::byte* next[2] = {cursor.at((unit + kVerifyStride) * 2), cursor.at((unit + kVerifyStride) * 2 + 1)};
+      const int valid = scan.num_tokens - unit * kIndexUnit;
+      if (valid < kIndexUnit) {
+        copy_last(scan, unit, groups, carve_index<std::byte>(scratch, 2 * index_group_bytes(scan.head_dim)));
+      }
+      const uint16_t* weights = task.weights + int64_t{unit} * group * kIndexUnit;
+      const BitLanes below = (BitLanes)keep_first(
+          (HalfLanes)(load_lanes<HalfLanes>(task.keys + int64_t{unit} * kIndexUnit) < low), valid);
+      estimate_unit<Ops>(groups, next, query, rows_at_once<Ops>(group),
+                         [&](int r, FloatLanes first, FloatLanes second) __attribute__((always_inline)) {
+                           if (query.soft_cap > 0.0f) {
+                             first = cap<Ops>(first, query.soft_cap);
+                             second = cap<Ops>(second, query.soft_cap);
+                           }
+                           const BitLanes then = load_lanes<BitLanes>(weights + r * kIndexUnit) & below;
+                           const BitLanes now = (BitLanes)weigh<Ops>(first, second, scan.reference[r]) & below;
+                           const auto add = [](float* sum, BitLanes pairs) __attribute__((always_inline)) {
+                             FloatLanes lanes = load_lanes<FloatLanes>(sum);
+                             lanes += (FloatLanes)(pairs << 16);
+                             lanes += (FloatLanes)(pairs & 0xffff0000u);
+                             store_lanes(sum, lanes);
+                           };
+                           add(sums + r * 32, then);
+                           add(sums + r * 32 + 16, now);
+                         });
+    }
+    for (int r = 0; r < group; ++r) {
+      const int64_t at = int64_t{r} * scan.num_blocks + block;
+      task.before[at] = sum_lanes(load_lanes<FloatLanes>(sums + r * 32));
+      task.now[at] = sum_lanes(load_lanes<FloatLanes>(sums + r * 32 + 16));
+    }
+  }
 }
 
 #undef HYBRIDGEN_INLINE

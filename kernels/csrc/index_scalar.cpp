@@ -71,6 +71,7 @@ extern const IndexKernels kScalarIndex = {
     scan<ScalarOps>,
     score<ScalarOps>,
     pick<ScalarOps>,
+    verify<ScalarOps>,
 };
 
 }  // namespace hybridgen

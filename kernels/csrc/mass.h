@@ -39,6 +39,8 @@ struct MassStats {  // of one layer, since the last reset
   int64_t attended = 0;  // of these
   int64_t widened = 0;   // KV heads that fell below the floor at first
   int64_t full = 0;      // KV heads that were attended in full: flat, not to be estimated, or still below the floor
+  int64_t foretold = 0;  // KV heads that were selected for a layer ahead
+  int64_t rescanned = 0; // of these, that did not hold the floor
 
   void add(const MassStats& other);
 };
@@ -52,11 +54,18 @@ class MassStep {  // one forward pass: which sequences are scanned and how the w
   MassStep(const Step& step, const Index& index, const std::string& isa, const MassOptions& options,
            MassRecord& record);
 
+  class Foretelling;
   class Attend;
+
   // As Step::submit does; the result is in float32. Layers with a sliding window are none of this class's business.
-  std::unique_ptr<Attend> submit(const Step::Queries& queries);
+  // With a foretelling of this layer (or null), its selection is attended to, once it is there.
+  std::unique_ptr<Attend> submit(const Step::Queries& queries, std::shared_ptr<Foretelling> foretelling);
+
+  // Queries of the scanned sequences, [num_scanned, num_heads, head_dim].
+  std::shared_ptr<Foretelling> foretell(int32_t layer, const std::byte* q, int64_t q_stride, float soft_cap);
 
   int32_t num_scanned() const { return static_cast<int32_t>(sequences_.size()); }  // sequences
+  std::vector<int32_t> scanned_rows() const;                                       // [num_scanned]  of the queries
 
  private:
   struct Sequence {  // one that is scanned
@@ -65,16 +74,19 @@ class MassStep {  // one forward pass: which sequences are scanned and how the w
     int32_t num_blocks;
     int32_t num_sinks;
     int32_t always_begin;
+    int32_t newest;  // the query's own token, when it is attended but not scanned; or -1
     const int32_t* pages;
   };
   struct Item {
     int32_t pair;
-    int32_t begin;  // blocks of a scan, or a slice
+    int32_t begin;  // blocks, or a slice
     int32_t end;    // 0: the whole pair, from scan to result
   };
-  struct Memory;
   struct Pair;
+  class Work;
 
+  Sequence make_sequence(int32_t seq, int32_t num_tokens, int32_t newest) const;
+  void cut(const std::vector<Sequence>& sequences, const std::vector<int32_t>& pairs, std::vector<Item>& items) const;
   int64_t memory_bytes(int32_t num_blocks) const;
 
   const Step& step_;
@@ -91,43 +103,81 @@ class MassStep {  // one forward pass: which sequences are scanned and how the w
   int64_t job_bytes_ = 0;
   int64_t scratch_bytes_ = 0;
   std::unique_ptr<Step::Plan> others_;  // of the sequences that are attended in full
+
+  // For foretelling: without the newest token, whose key is not stored yet.
+  std::vector<Sequence> foretold_;
+  std::vector<Item> foretold_items_;
+  std::vector<int64_t> foretold_memory_;  // [pairs]
+  int64_t foretold_bytes_ = 0;
 };
 
-class MassStep::Attend final : public Job {  // one layer's attention in flight
+class MassStep::Work : public Job {  // on pairs of sequences and KV heads
  public:
-  Attend(MassStep& step, const Step::Queries& queries);
-  ~Attend() override;
+  ~Work() override;
   void wait() noexcept { step_.step_.pool_.wait(ticket_); }
   bool is_done() const { return step_.step_.pool_.is_done(ticket_); }
-
-  void begin_phase(int32_t phase, int32_t* num_items) override;
-  void run_item(int32_t phase, int32_t group, int32_t item, Worker& worker) override;
   int64_t scratch_bytes() const override { return step_.scratch_bytes_; }
   int32_t layer() const override { return queries_.layer; }
-  const char* name() const override { return "mass"; }
 
- private:
+ protected:
   friend class MassStep;
 
-  void run_pair(int32_t pair, Worker& worker);
-  void bind(Pair& pair, int32_t number, std::byte* memory) const;
+  // `rows`: where a sequence's query lies in `queries`: its row in the step, or its place among those scanned.
+  enum class Rows { step, scanned };
+  Work(const MassStep& step, const Step::Queries& queries, Rows rows);
+
+  void bind(Pair& pair, const Sequence& sequence, int32_t head, std::byte* memory) const;
+  const std::byte* query(const Pair& pair) const;
   ScanTask scan_task(const Pair& pair, std::byte*& scratch) const;
   void scan(Pair& pair, int32_t begin, int32_t end, Worker& worker) const;
   void weigh(Pair& pair, std::byte* scratch) const;
   void score(Pair& pair, int32_t begin, int32_t end, std::byte* scratch) const;
   void choose(Pair& pair) const;
-  void attend(Pair& pair, int32_t slice, Worker& worker) const;
-  bool finish(Pair& pair) const;
-  void write(Pair& pair) const;
+  void deal(int32_t total, int32_t* num_items) const;
 
-  MassStep& step_;
+  const MassStep& step_;
   const Step::Queries queries_;
-  std::unique_ptr<Step::Attend> others_;
+  const Rows rows_;
   Buffer buffer_;
-  Pair* pairs_;             // [pairs]
-  std::vector<Item> items_;  // of the phase, from the second attending one on
-  int32_t num_other_items_ = 0;
+  Pair* pairs_ = nullptr;  // [pairs]
   Ticket ticket_;
+};
+
+class MassStep::Foretelling final : public Work {  // what a layer will attend to
+ public:
+  Foretelling(const MassStep& step, const Step::Queries& queries);
+  ~Foretelling() override { wait(); }
+
+  void begin_phase(int32_t phase, int32_t* num_items) override;
+  void run_item(int32_t phase, int32_t group, int32_t item, Worker& worker) override;
+  const char* name() const override { return "foretell"; }
+
+ private:
+  friend class MassStep::Attend;
+};
+
+class MassStep::Attend final : public Work {  // one layer's attention in flight
+ public:
+  Attend(const MassStep& step, const Step::Queries& queries, std::shared_ptr<Foretelling> foretelling);
+  ~Attend() override { wait(); }
+
+  void begin_phase(int32_t phase, int32_t* num_items) override;
+  void run_item(int32_t phase, int32_t group, int32_t item, Worker& worker) override;
+  const char* name() const override { return "mass"; }
+
+ private:
+  void run_pair(int32_t pair, Worker& worker);
+  void attend(Pair& pair, int32_t slice, Worker& worker) const;
+  void verify(Pair& pair, int32_t begin, int32_t end, Worker& worker) const;
+  void fold(Pair& pair) const;
+  bool finish(Pair& pair) const;
+  void finish_foretold(Pair& pair, std::byte* scratch) const;
+  void close(Pair& pair, bool complete) const;
+
+  std::unique_ptr<Step::Attend> others_;
+  std::shared_ptr<Foretelling> foretelling_;
+  std::vector<Item> items_;  // of the phase, where they are not the step's
+  int32_t num_other_items_ = 0;
 };
 
 }  // namespace hybridgen

@@ -10,6 +10,12 @@ Every part of the result is a mean of values. Let eps be the true mass of the to
 tail term. The error is at most max(eps, e) times the diameter of the values, without the tail term eps times it.
 The measured mass differs from the true one by the estimates' rounding error, which is counted against the floor at
 three standard deviations.
+
+A layer ahead (`ahead`), scan and selection use queries foretold from the layer before, with half as much to be left
+out, while that layer is still at work. The true queries then attend to what was selected: no logit is ever a foretold
+one. What the rest holds by the true queries is estimated from every eighth 32 tokens of it, doubled, and KV heads
+that do not hold the floor are scanned again. That notices a stale selection; a single token outside the sample that
+only the true query turns to, it does not notice. Without `ahead` every token's estimate is the true query's.
 """
 
 from dataclasses import dataclass
@@ -34,6 +40,8 @@ class LayerMass:
         scanned, attended: tokens, per KV head.
         widened: KV heads of tokens that fell below the floor at first.
         full: KV heads of tokens that were attended in full after all.
+        foretold: KV heads of tokens that were selected for a layer ahead.
+        rescanned: of these, that did not hold the floor.
     """
 
     count: int
@@ -43,6 +51,8 @@ class LayerMass:
     attended: int
     widened: int
     full: int
+    foretold: int
+    rescanned: int
 
 
 class MassPolicy:
@@ -80,6 +90,8 @@ class MassPolicy:
         self._record = _cpu.MassRecord(num_layers)
         self._step: AttentionStep | None = None
         self._handle: _cpu.MassStep | None = None
+        # By layer; with the queries that it reads.
+        self._foretellings: dict[int, tuple[_cpu.MassForetelling, Tensor]] = {}
 
     def submit(
         self, step: AttentionStep, layer: int, q: Tensor, *, sliding_window: int = 0, soft_cap: float = 0.0
@@ -90,24 +102,55 @@ class MassPolicy:
             ValueError: the step's pages have no index, or q does not fit.
         """
         handle = self._prepare(step)
+        foretelling, _ = self._foretellings.pop(layer, (None, None))
         if sliding_window or not handle.num_scanned:
             return step.submit(layer, q, sliding_window=sliding_window, soft_cap=soft_cap)
         q_stride = step.query_stride(q)
         out = torch.empty(q.shape, dtype=torch.float32)
         lse = torch.empty(q.shape[:2], dtype=torch.float32)
         job = handle.submit(
-            layer, q.data_ptr(), q_stride, out.data_ptr(), q.shape[1] * q.shape[2], lse.data_ptr(), soft_cap
+            layer,
+            q.data_ptr(),
+            q_stride,
+            out.data_ptr(),
+            q.shape[1] * q.shape[2],
+            lse.data_ptr(),
+            soft_cap,
+            foretelling,
         )
         return Ticket(job, q, out, lse)
 
+    def ahead_rows(self, step: AttentionStep) -> Tensor | None:
+        """[rows], int64: tokens whose queries `ahead` takes; None if there are none."""
+        rows = self._prepare(step).scanned_rows
+        return torch.tensor(rows) if rows else None
+
+    def ahead(self, step: AttentionStep, layer: int, q: Tensor, *, soft_cap: float = 0.0) -> None:
+        """Begin to select for a layer whose attention is submitted later in this step, if with the same soft cap.
+
+        Args:
+            q: [rows, num_heads, head_dim], contiguous: foretold queries of the tokens that `ahead_rows` names.
+
+        Raises:
+            ValueError: q does not fit.
+        """
+        handle = self._prepare(step)
+        layout = step.pages.layout
+        shape = (handle.num_scanned, step.num_heads, layout.head_dim)
+        if q.shape != shape or q.dtype != layout.dtype or not q.is_contiguous():
+            raise ValueError(f"expected contiguous {layout.dtype} {shape}, got {q.dtype} {tuple(q.shape)}")
+        stride = step.num_heads * layout.head_dim
+        self._foretellings[layer] = handle.foretell(layer, q.data_ptr(), stride, soft_cap), q
+
     def end_step(self) -> None:
+        self._foretellings.clear()
         self._step = self._handle = None
 
     def stats(self) -> tuple[LayerMass, ...]:
         """Per layer, since the last call. Not while attention is in flight."""
         return tuple(
-            LayerMass(count, total / count if count else 1.0, minimum, scanned, attended, widened, full)
-            for count, total, minimum, scanned, attended, widened, full in self._record.read()
+            LayerMass(count, total / count if count else 1.0, minimum, *others)
+            for count, total, minimum, *others in self._record.read()
         )
 
     def _prepare(self, step: AttentionStep) -> _cpu.MassStep:
@@ -115,6 +158,7 @@ class MassPolicy:
             index = step.pages.index
             if index is None:
                 raise ValueError("the mass policy needs pages with an index")
+            self._foretellings.clear()
             self._step = step
             self._handle = _cpu.MassStep(
                 step.handle,

@@ -182,7 +182,7 @@ def test_what_is_left_out_bounds_the_error(
     assert stats.scanned == 2 * (1500 + 5000)
     assert stats.attended < 0.7 * stats.scanned
     assert stats.full == 0
-    assert policy.stats()[1] == LayerMass(0, 1.0, 1.0, 0, 0, 0, 0)
+    assert policy.stats()[1] == LayerMass(0, 1.0, 1.0, 0, 0, 0, 0, 0, 0)
 
 
 @settings(max_examples=40, deadline=None, derandomize=True)
@@ -226,7 +226,7 @@ def test_flat_heads_become_exact_by_themselves(pool: AttentionPool) -> None:
     exact_out, exact_lse = context.step(pool).submit(1, context.q).wait()
     torch.testing.assert_close(out, exact_out, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(lse, exact_lse)
-    assert policy.stats()[1] == LayerMass(8, 1.0, 1.0, 6000, 6000, 0, 2)
+    assert policy.stats()[1] == LayerMass(8, 1.0, 1.0, 6000, 6000, 0, 2, 0, 0)
 
 
 def test_a_head_below_the_floor_widens_its_group(pool: AttentionPool) -> None:
@@ -366,3 +366,102 @@ def test_policies_are_found_by_name(pool: AttentionPool) -> None:
     }
     torch.testing.assert_close(lse["mass"], lse["exact"], atol=0.02, rtol=0)
     assert (lse["hybridgen"] < lse["exact"]).all()
+
+
+def foretell(policy: MassPolicy, step: AttentionStep, q: Tensor, *, wrong: float, seed: int = 9) -> None:
+    """Queries that are off by `wrong` times their own length, in a random direction."""
+    rows = policy.ahead_rows(step)
+    assert rows is not None
+    noise = torch.randn(q.shape, generator=torch.Generator().manual_seed(seed))
+    policy.ahead(step, 1, (q + noise * q.float().std() * wrong).to(q.dtype)[rows])
+
+
+@pytest.mark.parametrize("lens", [(5000,), (4097, 1500, 3000)], ids=str)
+def test_what_was_foretold_is_attended_to_with_the_true_query(
+    pool: AttentionPool, lens: tuple[int, ...]
+) -> None:
+    context = make_context(pool, LAYOUT, lens, size=4.0, correlated=0.95)
+    policy = MassPolicy(2, mass=0.99, floor=0.95, tail=False)
+    step = context.step(pool)
+    foretell(policy, step, context.q, wrong=0.1)
+    out, lse = policy.submit(step, 1, context.q).wait()
+    _, exact_lse = context.step(pool).submit(1, context.q).wait()
+    left_out = 1 - (lse - exact_lse).double().exp().clamp(max=1)
+    for seq in range(len(lens)):
+        widest = diameter(context.v[seq]).repeat_interleave(4)
+        slack = rounding(pool.isa, context) + 1e-5 * widest
+        error = (out[seq].double() - context.expected(seq)).norm(dim=-1)
+        assert (error <= left_out[seq] * widest + slack).all()
+    stats = policy.stats()[1]
+    assert stats.foretold == 2 * len(lens)
+    assert stats.rescanned == 0
+    assert stats.attended < 0.8 * stats.scanned
+    assert left_out.max() < 0.02
+    # Measured by a sample: to a half of what was left out.
+    assert abs((1 - stats.mean) - left_out.mean()) <= 0.5 * left_out.mean()
+    policy.submit(step, 1, context.q).wait()
+    assert policy.stats()[1].foretold == 0
+
+
+def test_a_stale_selection_is_noticed_and_made_again(pool: AttentionPool) -> None:
+    context = make_context(pool, LAYOUT, (4000, 3000), size=4.0, correlated=0.95)
+    policy = MassPolicy(2, mass=0.99)
+    step = context.step(pool)
+    expected = policy.submit(step, 1, context.q).wait()
+    policy.stats()
+    foretell(policy, step, context.q, wrong=3.0)
+    out, lse = policy.submit(step, 1, context.q).wait()
+    stats = policy.stats()[1]
+    assert stats.rescanned == stats.foretold == 4
+    assert stats.count == 16
+    assert torch.equal(out, expected[0])
+    assert torch.equal(lse, expected[1])
+
+
+def test_the_newest_token_is_attended_to_though_its_key_came_after_the_scan(pool: AttentionPool) -> None:
+    for length in (2000, 2016, 2017):  # 2016 tokens fill their pages
+        context = make_context(pool, LAYOUT, (length,), size=4.0, correlated=0.95)
+        step, table, layer = context.step(pool), context.block_table[0], context.layer
+        page, offset = table[(length - 1) // 32], (length - 1) % 32
+        # Half of all mass is the newest token's; where it will lie is a key that is not finite.
+        context.k[0][-1] = context.q[0].view(2, 4, 64).float().mean(1) * 0.6
+        context.pages.k[page, layer, :, offset] = torch.nan
+        assert context.pages.index is not None
+        build_index(pool, LAYOUT, context.pages.k, context.pages.v, context.pages.index, [page])
+        policy = MassPolicy(2)
+        foretell(policy, step, context.q, wrong=0.05)
+        step.store(layer, context.k[0][-1:], context.v[0][-1:])
+        out, _ = policy.submit(step, layer, context.q).wait()
+        exact_out, _ = context.step(pool).submit(layer, context.q).wait()
+        stats = policy.stats()[1]
+        assert (stats.foretold, stats.rescanned) == (2, 0)
+        torch.testing.assert_close(out, exact_out, atol=0.1, rtol=0)
+
+
+def test_what_was_foretold_does_not_depend_on_the_number_of_threads() -> None:
+    results = []
+    for num_threads in (1, 2, 8):
+        with AttentionPool(num_threads) as pool:
+            context = make_context(pool, LAYOUT, (6000, 2500), size=4.0, correlated=0.9)
+            policy = MassPolicy(2, mass=0.98)
+            step = context.step(pool)
+            foretell(policy, step, context.q, wrong=0.3)
+            results.append((*policy.submit(step, 1, context.q).wait(), policy.stats()))
+    for out, lse, stats in results[1:]:
+        assert torch.equal(out, results[0][0])
+        assert torch.equal(lse, results[0][1])
+        assert stats == results[0][2]
+
+
+def test_a_foretelling_that_nobody_asks_for_is_dropped(pool: AttentionPool) -> None:
+    context = make_context(pool, LAYOUT, (3000,), size=4.0)
+    policy = MassPolicy(2)
+    step = context.step(pool)
+    foretell(policy, step, context.q, wrong=0.1)
+    policy.submit(step, 1, context.q, sliding_window=100).wait()
+    foretell(policy, step, context.q, wrong=0.1)
+    policy.end_step()
+    policy.submit(context.step(pool), 1, context.q).wait()
+    assert policy.stats()[1].foretold == 0
+    with pytest.raises(ValueError, match="contiguous"):
+        policy.ahead(step, 1, context.q[:, :3])
