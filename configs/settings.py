@@ -307,6 +307,13 @@ class Settings(BaseSettings):
         ge=1,
         unit="steps",
     )
+    layer_ahead: bool = _setting(
+        "KV cache",
+        "While a layer is at work, look for the tokens of the next one with queries foretold from its input. `mass` "
+        "attends to them with the true queries and looks again where they hold too little; `hybridgen`, as "
+        "published, takes the foretold queries for the true ones. Of no use to `exact`.",
+        default=False,
+    )
     enable_prefix_caching: bool = _setting(
         "KV cache",
         "Keep the KV of finished requests and reuse it for prompts that begin alike.",
@@ -483,6 +490,7 @@ class EngineSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     hybridgen_ratio: float = 0.05
     hybridgen_adapt: bool = True
     hybridgen_feedback_interval: int = 4  # steps
+    layer_ahead: bool = False
     kv_cache_memory_bytes: int = 4 << 30
     enable_prefix_caching: bool = True
     seed: int = 0
@@ -513,6 +521,7 @@ def engine_settings(settings: Settings) -> EngineSettings:
         hybridgen_ratio=settings.hybridgen_ratio,
         hybridgen_adapt=settings.hybridgen_adapt,
         hybridgen_feedback_interval=settings.hybridgen_feedback_interval,
+        layer_ahead=settings.layer_ahead,
         kv_cache_memory_bytes=settings.kv_cache_memory_bytes,
         enable_prefix_caching=settings.enable_prefix_caching,
         seed=settings.seed,

@@ -73,7 +73,7 @@ def build_engine(settings: EngineSettings) -> EngineCore:
     else:
         weights = load_weights(folder, spec, dtype=dtype, device=device, show_progress=True)
     pool = AttentionPool(num_threads=settings.threads)
-    decoder = Decoder(spec, weights, max_model_len=max_model_len, pool=pool)
+    decoder = Decoder(spec, weights, max_model_len=max_model_len, pool=pool, layer_ahead=settings.layer_ahead)
     store = KVStore(
         spec,
         layout,
@@ -132,8 +132,10 @@ def make_policy(settings: EngineSettings, num_layers: int) -> Policy:
     """What reads the host pages.
 
     Raises:
-        ValueError: the floor exceeds the mass.
+        ValueError: the floor exceeds the mass, or nothing looks ahead.
     """
+    if settings.layer_ahead and settings.host_attention == "exact":
+        raise ValueError("--layer-ahead is of no use to --host-attention exact: choose mass or hybridgen")
     if settings.host_attention == "exact":
         return ExactPolicy()
     if settings.host_attention == "hybridgen":

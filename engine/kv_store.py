@@ -135,6 +135,7 @@ class StepAttention:
         self._pool = pool
         self._device = device
         self._host = host
+        self._foretold: tuple[int, Tensor] | None = None
 
     def store(self, layer: int, k: Tensor, v: Tensor) -> None:
         """Write this step's keys and values, [tokens, kv_heads, head_dim], to the tier that is written to."""
@@ -144,11 +145,12 @@ class StepAttention:
 
     @property
     def ahead_rows(self) -> Tensor | None:
-        """Nothing to foretell: exact attention reads every key whatever the query."""
-        return None
+        """What the policy wants foretold of the tokens that have host pages."""
+        return None if self._host is None else self._policy.ahead_rows(self._host)
 
     def ahead(self, layer: int, q: Tensor) -> None:
-        raise AssertionError("nobody asked")
+        """Kept until the layer before has been submitted, which comes first."""
+        self._foretold = layer, q
 
     def attend(self, layer: int, q: Tensor, *, sliding_window: int = 0) -> Tensor:
         """q [tokens, heads, head_dim] -> the same shape."""
@@ -158,10 +160,16 @@ class StepAttention:
             assert only is not None
             return only.attend(layer, q, sliding_window=sliding_window)
         ticket = self._policy.submit(host, layer, q, sliding_window=sliding_window)
-        if device is None:
-            return ticket.wait()[0].to(q.dtype)
-        device_out, device_lse = device.attend(layer, q, sliding_window=sliding_window, return_lse=True)
+        device_out, device_lse = None, None
+        if device is not None:
+            device_out, device_lse = device.attend(layer, q, sliding_window=sliding_window, return_lse=True)
+        # After the device's part, which the pool would do later otherwise, and before waiting, so that it has work.
+        if self._foretold is not None:
+            self._policy.ahead(host, *self._foretold)
+            self._foretold = None
         host_out, host_lse = ticket.wait()
+        if device_out is None or device_lse is None:
+            return host_out.to(q.dtype)
         out = torch.empty(q.shape, dtype=q.dtype)
         return merge(device_out, device_lse, host_out, host_lse, out=out, pool=self._pool)
 

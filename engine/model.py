@@ -193,8 +193,11 @@ class Decoder:
         self, index: int, hidden: Tensor, rotation: tuple[Tensor, Tensor] | None, attention: Attention
     ) -> None:
         """Foretell the queries of layer `index` from the residual stream that enters the one before it."""
-        spec, rows = self.spec, attention.ahead_rows
-        if rows is None or not 0 < index < len(self._ahead_q):
+        spec = self.spec
+        if not index < len(self._ahead_q):
+            return
+        rows = attention.ahead_rows
+        if rows is None or spec.sliding_windows[index]:
             return
         layer, x = self._weights.layers[index], hidden[rows]
         if spec.pre_norm:

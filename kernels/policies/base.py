@@ -21,6 +21,18 @@ class Policy(Protocol):
         """Begin a layer's attention, as `AttentionStep.submit` does."""
         ...
 
+    def ahead_rows(self, step: AttentionStep) -> Tensor | None:
+        """[rows], int64: tokens of the step whose queries `ahead` takes; None for none."""
+        ...
+
+    def ahead(self, step: AttentionStep, layer: int, q: Tensor, *, soft_cap: float = 0.0) -> None:
+        """Told before `layer` is submitted what the queries of `ahead_rows` will be about: begin to look for it.
+
+        Args:
+            q: [rows, num_heads, head_dim], contiguous.
+        """
+        ...
+
     def end_step(self) -> None:
         """The step is over: what was kept for its next layers can go."""
         ...

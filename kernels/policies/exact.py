@@ -13,5 +13,11 @@ class ExactPolicy:
     ) -> Ticket:
         return step.submit(layer, q, sliding_window=sliding_window, soft_cap=soft_cap)
 
+    def ahead_rows(self, step: AttentionStep) -> Tensor | None:
+        return None  # every key is read whatever the query
+
+    def ahead(self, step: AttentionStep, layer: int, q: Tensor, *, soft_cap: float = 0.0) -> None:
+        raise AssertionError("nobody asked")
+
     def end_step(self) -> None:
         pass

@@ -222,12 +222,15 @@ def longer(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.parametrize("layer_ahead", [False, True])
 @pytest.mark.parametrize("num_device_pages", [0, 6])
 def test_reading_the_host_in_part_is_measured_and_stays_above_the_floor(
-    longer: Path, num_device_pages: int
+    longer: Path, num_device_pages: int, layer_ahead: bool
 ) -> None:
     settings = {"num_device_pages": num_device_pages, "num_host_pages": 110, "attention_mass": 0.9}
-    core = engine(longer, host_attention="mass", attention_mass_floor=0.8, **settings)
+    core = engine(
+        longer, host_attention="mass", layer_ahead=layer_ahead, attention_mass_floor=0.8, **settings
+    )
     short = SamplingParams(max_tokens=12, temperature=0.0, ignore_eos=True)
     run(core, {"x": random_tokens(1600, seed=1)}, short)
     stats = core.stats()
@@ -238,12 +241,15 @@ def test_reading_the_host_in_part_is_measured_and_stays_above_the_floor(
     assert 0 < stats.num_selected_tokens_total < stats.num_scanned_tokens_total
 
 
+@pytest.mark.parametrize("layer_ahead", [False, True])
 @pytest.mark.parametrize("num_device_pages", [0, 6])
-def test_a_mass_close_to_one_gives_the_tokens_of_exact_attention(longer: Path, num_device_pages: int) -> None:
+def test_a_mass_close_to_one_gives_the_tokens_of_exact_attention(
+    longer: Path, num_device_pages: int, layer_ahead: bool
+) -> None:
     requests = {"x": random_tokens(1500, seed=2), "y": random_tokens(40, seed=3)}
     settings = {"num_device_pages": num_device_pages, "num_host_pages": 120}
     expected = run(engine(longer, num_host_pages=120), requests)
-    core = engine(longer, host_attention="mass", attention_mass=0.9999, **settings)
+    core = engine(longer, host_attention="mass", layer_ahead=layer_ahead, attention_mass=0.9999, **settings)
     assert run(core, requests) == expected
 
 
@@ -275,6 +281,11 @@ def test_what_is_measured_is_nothing_where_every_key_is_read(longer: Path) -> No
     run(core, {"x": random_tokens(100, seed=1)})
     assert core.stats().num_measured_heads_total == 0
     assert core.stats().lowest_retained_mass == 1.0
+
+
+def test_exact_attention_has_nothing_to_look_ahead_for(longer: Path) -> None:
+    with pytest.raises(ValueError, match="--layer-ahead is of no use to --host-attention exact"):
+        engine(longer, layer_ahead=True)
 
 
 def test_a_floor_above_the_mass_is_refused(longer: Path) -> None:
