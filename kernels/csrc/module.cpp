@@ -5,6 +5,7 @@
 #include <nanobind/stl/unique_ptr.h>
 #include <nanobind/stl/vector.h>
 
+#include <algorithm>
 #include <stdexcept>
 
 #include "bind_hybridgen.h"
@@ -68,7 +69,10 @@ void linear(Pool& pool, uintptr_t x, int64_t x_stride, uintptr_t weight, uintptr
     int64_t outputs;
     int64_t item_outputs;
   };
-  const int64_t per_item = (kLinearItemBytes / (inputs * 2) + 15) / 16 * 16;
+  // Long runs, since each begins slowly; but several for each thread, which may come late.
+  const int64_t even = outputs / (3 * pool.num_threads());
+  const int64_t per_item =
+      (std::clamp(even, kLinearItemBytes / (inputs * 2), 8 * kLinearItemBytes / (inputs * 2)) + 15) / 16 * 16;
   const Call call{fn,
                   {pointer<void>(x), x_stride, pointer<void>(weight), pointer<void>(bias), pointer<void>(out), out_stride,
                    rows, inputs},
