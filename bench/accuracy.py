@@ -63,6 +63,13 @@ CONFIGURATIONS = (
         )
         for mass in MASSES
     ),
+    *(
+        Configuration(
+            f"hybridgen 5 %{suffix}",
+            {"host_attention": "hybridgen", "hybridgen_ratio": 0.05, "hybridgen_adapt": adapt},
+        )
+        for suffix, adapt in (("", False), (", controller", True))
+    ),
 )
 
 
