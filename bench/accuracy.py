@@ -1,10 +1,10 @@
 """What lossy attention costs in answers: `python -m bench.accuracy`, on the embedded model.
 
 Contexts of tasks (split "bench" of `bench.embedded.tasks`) and of held-out text are computed once, exactly, and kept
-in the prefix cache on host pages. Then every configuration decodes from the same pages: the question token by token
-(it is given, but each of its tokens goes through the policy, which is harder than serving, where a prompt is computed
-exactly), then the answer. Text is decoded the same way, 64 given tokens a document; its loss and how its logits
-differ from those of `exact` are those of the decoded tokens.
+in the prefix cache. All but three pages of a sequence, 96 tokens, are the host's. Then every configuration decodes
+from the same pages: the question token by token (it is given, but each of its tokens goes through the policy, which
+is harder than serving, where a prompt is computed exactly), then the answer. Text is decoded the same way, 64 given
+tokens a document; its loss and how its logits differ from those of `exact` are those of the decoded tokens.
 
 A question counts as answered when what follows begins with the answer, full stop included.
 """
@@ -42,6 +42,7 @@ LENGTHS = (2048, 4096, 8192)
 ANSWER_TOKENS = 10
 QUESTIONS = 4  # asked of one context at most
 TEXT_TOKENS = 64  # decoded of each document
+DEVICE_PAGES = 3  # of each sequence: its first, the one that is written to, and one that is on its way
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,15 +61,22 @@ CONFIGURATIONS = (
         for suffix, settings in (
             ("", {"attention_tail": True}),
             (", no tail", {"attention_tail": False}),
+            (", layer-ahead", {"attention_tail": True, "layer_ahead": True}),
         )
         for mass in MASSES
     ),
     *(
         Configuration(
-            f"hybridgen 5 %{suffix}",
-            {"host_attention": "hybridgen", "hybridgen_ratio": 0.05, "hybridgen_adapt": adapt},
+            f"hybridgen 5 %{controller}{suffix}",
+            {
+                "host_attention": "hybridgen",
+                "hybridgen_ratio": 0.05,
+                "hybridgen_adapt": adapt,
+                "layer_ahead": ahead,
+            },
         )
-        for suffix, adapt in (("", False), (", controller", True))
+        for controller, adapt in (("", False), (", controller", True))
+        for suffix, ahead in (("", False), (", layer-ahead", True))
     ),
 )
 
@@ -123,11 +131,16 @@ class Engine:
             "model": str(model),
             "max_num_seqs": max_num_seqs,
             "max_num_batched_tokens": 4096,
-            "host_attention": "mass",  # so that pages get an index, which the others may ignore
+            "device_pages": DEVICE_PAGES * max_num_seqs,
+            # For the index of the pages and for the foretold queries, which other configurations ignore.
+            "host_attention": "mass",
+            "layer_ahead": True,
         }
         self._settings = engine_settings(load_settings(arguments))
         self.core = build_engine(self._settings)
         self._store = self.core._runner._store
+        self._decoder = self.core._runner._decoder
+        self._ahead_q = self._decoder._ahead_q
         self._prompter = Prompter(self.core._sampler)
         self.core._sampler = self._prompter
         self._num_requests = 0
@@ -135,8 +148,10 @@ class Engine:
 
     def use(self, configuration: Configuration) -> None:
         """Attend to host pages so from the next step on, and count the retained mass from there."""
-        settings = msgspec.structs.replace(self._settings, **configuration.settings)
+        settings = msgspec.structs.replace(self._settings, layer_ahead=False)
+        settings = msgspec.structs.replace(settings, **configuration.settings)
         self._store._policy = make_policy(settings, self._store._spec.num_layers)
+        self._decoder._ahead_q = self._ahead_q if settings.layer_ahead else ()
         self._store.retained = RetainedMass()
         self._lowest = 1.0
 
@@ -229,7 +244,6 @@ def text_contexts(
 
 
 def score_tasks(
-    engine: Engine,
     tokenizer: Tokenizer,
     kind: str,
     length: int,
@@ -253,6 +267,7 @@ def score_tasks(
         for question in example.questions[:QUESTIONS]:
             jobs.append(Job(contexts[-1], tokenizer.encode(question.prompt).ids, ANSWER_TOKENS))
             answers.append(question.answer)
+    engine = Engine(options.model, len(jobs))
     engine.prefill(contexts)
     baseline: list[bool] = []
     for configuration in options.configurations:
@@ -277,7 +292,6 @@ def score_tasks(
 
 
 def score_text(
-    engine: Engine,
     contexts_by_style: Mapping[str, Sequence[Sequence[int]]],
     options: argparse.Namespace,
     rows: Mapping[str, Row],
@@ -287,6 +301,7 @@ def score_text(
         length = len(contexts[0])
         # One token more than is decoded: the first one's logits come with the context.
         jobs = [Job(ids[: -TEXT_TOKENS - 1], ids[-TEXT_TOKENS - 1 :], keep_logits=True) for ids in contexts]
+        engine = Engine(options.model, len(jobs))
         engine.prefill([job.context for job in jobs])
         targets = torch.tensor([job.given[1:] for job in jobs]).flatten()
         baseline: Tensor | None = None
@@ -310,20 +325,18 @@ def score_text(
 def run(options: argparse.Namespace, report: Callable[[Mapping[str, Row]], None]) -> dict[str, Row]:
     tokenizer = Tokenizer.from_file(str(options.model / "tokenizer.json"))
     rows = {configuration.name: Row() for configuration in options.configurations}
-    num_seqs = max(options.samples * QUESTIONS, options.text_samples)
-    engine = Engine(options.model, num_seqs)
     # Before anything is timed: finding out what of the library was not trained on takes most of a minute.
     documents = held_out_documents(options.seed) if options.text_samples else {}
     for length in options.lengths:
         for kind in options.tasks:
             began_s = time.perf_counter()
-            score_tasks(engine, tokenizer, kind, length, options, rows)
+            score_tasks(tokenizer, kind, length, options, rows)
             print(f"{kind} {length}: {time.perf_counter() - began_s:.0f} s", file=sys.stderr, flush=True)
             report(rows)
         if options.text_samples:
             began_s = time.perf_counter()
             contexts = text_contexts(tokenizer, documents, length, options.text_samples, options.seed)
-            score_text(engine, contexts, options, rows)
+            score_text(contexts, options, rows)
             print(f"text {length}: {time.perf_counter() - began_s:.0f} s", file=sys.stderr, flush=True)
             report(rows)
     return rows
