@@ -13,6 +13,8 @@ from transformers.activations import ACT2FN
 
 from hybridgen.engine.model_spec import ModelSpec, RopeSpec, UnsupportedModel
 from hybridgen.engine.weights import LayerWeights, Norm, Weights
+from hybridgen.kernels.layer import Layer
+from hybridgen.kernels.linear import streams
 from hybridgen.kernels.ops import fused_add_rms_norm, rms_norm, rotary_, silu_and_mul
 from hybridgen.kernels.pool import AttentionPool
 
@@ -100,6 +102,7 @@ class Decoder:
         device = weights.embedding.device
         q_size = spec.num_heads * spec.head_dim
         self._ahead_q = tuple(layer.qkv.first(q_size) for layer in weights.layers) if layer_ahead else ()
+        self._fused = _fused_layers(spec, weights) if spec.pre_norm and streams(pool, 1) else ()
         self._rotary = None if spec.rope is None else RotaryTable(spec.rope, max_model_len, device)
 
     @torch.inference_mode()
@@ -142,6 +145,8 @@ class Decoder:
         # `residual` is the running sum; `x` is always what the last block adds to it.
         layers = self._weights.layers
         residual = x
+        if self._fused and streams(self._pool, len(residual)):
+            return self._fused_layers(residual, rotation, attention, self._pool)[rows]
         x = self._norm(residual, layers[0].attention_norm)
         for index, layer in enumerate(layers):
             self._look_ahead(index + 1, residual, rotation, attention)
@@ -157,6 +162,25 @@ class Decoder:
         final = self._weights.final_norm
         x = residual + x if final is None else self._add_norm(x, residual, final)
         return x[rows]
+
+    def _fused_layers(
+        self,
+        residual: Tensor,
+        rotation: tuple[Tensor, Tensor] | None,
+        attention: Attention,
+        pool: AttentionPool,
+    ) -> Tensor:
+        """As `_pre_norm_layers` does, to the same bits: few rows, and each half of a layer one call."""
+        x = None
+        for index, layer in enumerate(self._fused):
+            q, k, v = layer.enter(x, residual, rotation, pool)
+            self._look_ahead(index + 1, residual, rotation, attention)
+            attention.store(index, k, v)
+            out = attention.attend(index, q, sliding_window=self.spec.sliding_windows[index])
+            x = layer.leave(out, residual, pool)
+        final = self._weights.final_norm
+        assert x is not None, "a decoder without layers"
+        return residual + x if final is None else self._add_norm(x, residual, final)
 
     def _post_norm_layers(
         self, x: Tensor, rotation: tuple[Tensor, Tensor] | None, attention: Attention
@@ -237,3 +261,32 @@ class Decoder:
             return fused_add_rms_norm(x, residual, norm.weight, self.spec.norm_eps, pool=self._pool)
         residual += x
         return self._norm(residual, norm)
+
+
+def _fused_layers(spec: ModelSpec, weights: Weights) -> tuple[Layer, ...]:
+    """All of the layers, if each is of the kind that `kernels/layer.py` runs; otherwise none."""
+    if not (spec.rms_norm and spec.gated_mlp and spec.activation == "silu"):
+        return ()
+    fused = []
+    for layer in weights.layers:
+        attention_norm, mlp_norm = layer.attention_norm.weight, layer.mlp_norm.weight
+        linears = layer.qkv, layer.out, layer.up, layer.down
+        if attention_norm is None or mlp_norm is None or any(linear.streamed is None for linear in linears):
+            return ()
+        fused.append(
+            Layer(
+                attention_norm=attention_norm,
+                qkv=layer.qkv,
+                q_norm=layer.q_norm,
+                k_norm=layer.k_norm,
+                out=layer.out,
+                mlp_norm=mlp_norm,
+                up=layer.up,
+                down=layer.down,
+                num_heads=spec.num_heads,
+                num_kv_heads=spec.num_kv_heads,
+                head_dim=spec.head_dim,
+                eps=spec.norm_eps,
+            )
+        )
+    return tuple(fused)

@@ -85,19 +85,35 @@ class Attend:
     def wait(self) -> None: ...
     def is_done(self) -> bool: ...
 
+class LinearWeights:
+    def __init__(self, weight: int, bias: int, inputs: int, outputs: int) -> None: ...
+
 def linear(
-    pool: Pool,
-    x: int,
-    x_stride: int,
-    weight: int,
-    bias: int,
-    out: int,
-    out_stride: int,
-    rows: int,
-    inputs: int,
-    outputs: int,
+    pool: Pool, weights: LinearWeights, x: int, x_stride: int, out: int, out_stride: int, rows: int
 ) -> None: ...
 def has_linear(isa: str, /) -> bool: ...
+
+class Layer:
+    def __init__(
+        self,
+        attention_norm: int,
+        qkv: LinearWeights,
+        q_norm: int,
+        k_norm: int,
+        out: LinearWeights,
+        mlp_norm: int,
+        up: LinearWeights,
+        down: LinearWeights,
+        num_heads: int,
+        num_kv_heads: int,
+        head_dim: int,
+        eps: float,
+    ) -> None: ...
+    def enter(
+        self, pool: Pool, rows: int, x: int, residual: int, cos: int, sin: int, half: int, heads: int
+    ) -> None: ...
+    def leave(self, pool: Pool, rows: int, attended: int, residual: int, x: int) -> None: ...
+
 def copy_pages(
     pool: Pool,
     source_k: int,

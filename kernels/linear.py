@@ -6,6 +6,8 @@ the weight stays as it is: few rows go to the pool, which reads it in one stream
 weight takes the place of the plain one; the operators are those that torch's own compiler uses when it freezes a model.
 """
 
+from typing import TypeGuard
+
 import torch
 import torch.nn.functional as F  # noqa: N812 (torch's own habit)
 from torch import Tensor
@@ -25,13 +27,19 @@ class Linear:
         bias: [out]
     """
 
-    __slots__ = ("_is_packed", "_streams", "bias", "shape", "weight")
+    __slots__ = ("_is_packed", "bias", "shape", "streamed", "weight")
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
         self.shape = (weight.shape[0], weight.shape[1])
         self.bias = bias
-        self._streams = can_stream(weight)
-        self._is_packed = not self._streams and can_pack(weight)
+        # What the pool's product reads; None where it reads nothing of this weight.
+        self.streamed: _cpu.LinearWeights | None = None
+        if can_stream(weight):
+            bias_address = 0 if bias is None else bias.data_ptr()
+            self.streamed = _cpu.LinearWeights(
+                weight.data_ptr(), bias_address, weight.shape[1], weight.shape[0]
+            )
+        self._is_packed = self.streamed is None and can_pack(weight)
         self.weight = torch.ops.mkldnn._reorder_linear_weight(weight) if self._is_packed else weight
 
     def first(self, outputs: int) -> "Linear":
@@ -41,33 +49,27 @@ class Linear:
 
     def __call__(self, x: Tensor, *, pool: AttentionPool | None = None) -> Tensor:
         """[rows, in] -> [rows, out], in the dtype of x, which is the weight's. Few rows are shared out over `pool`."""
-        if self._streams and pool is not None and len(x) < FEW_ROWS and _cpu.has_linear(pool.isa):
-            return self._stream(x, pool)
+        if self.streamed is not None and streams(pool, len(x)):
+            return self._stream(x, pool, self.streamed)
         if not self._is_packed:
             return F.linear(x, self.weight, self.bias)
         out: Tensor = torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
         return out
 
-    def _stream(self, x: Tensor, pool: AttentionPool) -> Tensor:
+    def _stream(self, x: Tensor, pool: AttentionPool, weights: _cpu.LinearWeights) -> Tensor:
         outputs, inputs = self.shape
         if x.shape[1] != inputs or x.dtype != self.weight.dtype:
             raise ValueError(f"x {tuple(x.shape)} in {x.dtype} does not go with a weight {self.shape}")
         if x.stride(1) != 1 and inputs > 1:
             x = x.contiguous()
         out = torch.empty((len(x), outputs), dtype=x.dtype)
-        _cpu.linear(
-            pool.handle,
-            x.data_ptr(),
-            x.stride(0),
-            self.weight.data_ptr(),
-            0 if self.bias is None else self.bias.data_ptr(),
-            out.data_ptr(),
-            outputs,
-            len(x),
-            inputs,
-            outputs,
-        )
+        _cpu.linear(pool.handle, weights, x.data_ptr(), x.stride(0), out.data_ptr(), outputs, len(x))
         return out
+
+
+def streams(pool: AttentionPool | None, num_rows: int) -> TypeGuard[AttentionPool]:
+    """Whether this pool computes products of so many rows, of weights that can be streamed."""
+    return pool is not None and num_rows < FEW_ROWS and _cpu.has_linear(pool.isa)
 
 
 def can_stream(weight: Tensor) -> bool:

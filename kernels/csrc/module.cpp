@@ -5,13 +5,14 @@
 #include <nanobind/stl/unique_ptr.h>
 #include <nanobind/stl/vector.h>
 
-#include <algorithm>
 #include <stdexcept>
 
 #include "bind_hybridgen.h"
+#include "bind_layer.h"
 #include "bind_mass.h"
 #include "bind_pool.h"
 #include "isa.h"
+#include "layer.h"
 #include "page_copy.h"
 #include "pool.h"
 #include "step.h"
@@ -31,61 +32,6 @@ Dtype dtype_of(const std::string& name) {
   if (name == "bfloat16") return Dtype::bfloat16;
   if (name == "float16") return Dtype::float16;
   throw std::invalid_argument("no kernel for dtype " + name);
-}
-
-constexpr int32_t kRowsPerItem = 32;
-constexpr int64_t kAloneBytes = 512 << 10;
-
-// Rows in the calling thread, or over the pool when they are many.
-void run_rows(Pool* pool, RowsFn fn, const RowsTask& task, int64_t rows, int64_t row_bytes) {
-  if (pool == nullptr || rows * row_bytes < kAloneBytes) return fn(task, 0, rows);
-  struct Call {
-    RowsFn fn;
-    const RowsTask& task;
-    int64_t rows;
-  };
-  const Call call{fn, task, rows};
-  pool->run(
-      static_cast<int32_t>((rows + kRowsPerItem - 1) / kRowsPerItem),
-      [](const void* context, int32_t item, std::byte*) {
-        const Call& c = *static_cast<const Call*>(context);
-        const int64_t begin = int64_t{item} * kRowsPerItem;
-        c.fn(c.task, begin, begin + kRowsPerItem < c.rows ? begin + kRowsPerItem : c.rows);
-      },
-      &call, 0, false);
-}
-
-constexpr int64_t kLinearItemBytes = 128 << 10;
-constexpr int64_t kLinearAloneBytes = 256 << 10;
-
-// x @ weight.T + bias: the weight's rows shared out, so that each item reads a run of it.
-void linear(Pool& pool, uintptr_t x, int64_t x_stride, uintptr_t weight, uintptr_t bias, uintptr_t out,
-            int64_t out_stride, int64_t rows, int64_t inputs, int64_t outputs) {
-  const LinearFn fn = pool.kernels().linear;
-  if (fn == nullptr) throw std::invalid_argument("no such product on this instruction set");
-  struct Call {
-    LinearFn fn;
-    LinearTask task;
-    int64_t outputs;
-    int64_t item_outputs;
-  };
-  // Long runs, since each begins slowly; but several for each thread, which may come late.
-  const int64_t even = outputs / (3 * pool.num_threads());
-  const int64_t per_item =
-      (std::clamp(even, kLinearItemBytes / (inputs * 2), 8 * kLinearItemBytes / (inputs * 2)) + 15) / 16 * 16;
-  const Call call{fn,
-                  {pointer<void>(x), x_stride, pointer<void>(weight), pointer<void>(bias), pointer<void>(out), out_stride,
-                   rows, inputs},
-                  outputs,
-                  per_item > 16 ? per_item : 16};
-  pool.run(
-      static_cast<int32_t>((outputs + call.item_outputs - 1) / call.item_outputs),
-      [](const void* context, int32_t item, std::byte*) {
-        const Call& c = *static_cast<const Call*>(context);
-        const int64_t begin = int64_t{item} * c.item_outputs;
-        c.fn(c.task, begin, begin + c.item_outputs < c.outputs ? begin + c.item_outputs : c.outputs);
-      },
-      &call, 0, inputs * outputs * 2 * (rows > 8 ? rows / 8 : 1) < kLinearAloneBytes);
 }
 
 struct Rows {  // the row-wise operations of one ISA and dtype
@@ -163,6 +109,7 @@ NB_MODULE(_cpu, m) {
   bind_pool(m);
   bind_mass(m);
   bind_hybridgen(m);
+  bind_layer(m);
 
   nb::class_<Step>(m, "Step")
       .def(
@@ -209,11 +156,6 @@ NB_MODULE(_cpu, m) {
   nb::class_<Step::Attend>(m, "Attend")
       .def("wait", &Step::Attend::wait, nb::call_guard<nb::gil_scoped_release>())
       .def("is_done", &Step::Attend::is_done);
-
-  m.def("linear", &linear, nb::arg("pool"), nb::arg("x"), nb::arg("x_stride"), nb::arg("weight"), nb::arg("bias"),
-        nb::arg("out"), nb::arg("out_stride"), nb::arg("rows"), nb::arg("inputs"), nb::arg("outputs"),
-        nb::call_guard<nb::gil_scoped_release>());
-  m.def("has_linear", [](const std::string& isa) { return find_kernels(isa).linear != nullptr; });
 
   m.def(
       "copy_pages",
