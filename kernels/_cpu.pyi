@@ -29,6 +29,18 @@ class Pool:
     def start_trace(self, max_events: int) -> None: ...
     def stop_trace(self) -> list[tuple[int, int, str, int, int, int, int]]: ...
 
+class Memory:
+    def __init__(
+        self,
+        num_pages: int,
+        labels: int,
+        heat: int,
+        bandwidths: Sequence[float],
+        latencies: Sequence[float],
+        /,
+    ) -> None: ...
+    def take(self) -> tuple[list[int], list[int]]: ...
+
 class Step:
     def __init__(
         self,
@@ -38,6 +50,7 @@ class Step:
         head_dim: int,
         page_size: int,
         dtype: str,
+        page_stride: int,
         k_pages: int,
         v_pages: int,
         first_page: int,
@@ -52,7 +65,10 @@ class Step:
         scale: float,
         /,
     ) -> None: ...
-    def keep_index(self, isa: str, index: int, v_sum: int) -> None: ...
+    def keep_index(
+        self, isa: str, index: int, index_stride: int, v_sum: int, v_sum_stride: int, /
+    ) -> None: ...
+    def keep_memory(self, memory: Memory, /) -> None: ...
     def store(self, layer: int, k: int, k_stride: int, v: int, v_stride: int, /) -> None: ...
     def attend(
         self,
@@ -123,6 +139,8 @@ def copy_pages(
     sources: Sequence[int],
     targets: Sequence[int],
     half_bytes: int,
+    source_stride: int,
+    target_stride: int,
     /,
 ) -> None: ...
 
@@ -183,8 +201,11 @@ class IndexPages:
         num_kv_heads: int,
         head_dim: int,
         page_size: int,
+        page_stride: int,
         index: int,
+        index_stride: int,
         v_sum: int,
+        v_sum_stride: int,
     ) -> None: ...
     def build(self, pool: Pool, isa: str, k: int, v: int, pages: Sequence[int]) -> None: ...
     def estimate(
@@ -222,8 +243,6 @@ class MassStep:
     def __init__(
         self,
         step: Step,
-        index: int,
-        v_sum: int,
         isa: str,
         mass: float,
         floor: float,

@@ -25,9 +25,10 @@ from torch import Tensor
 
 from hybridgen.kernels import _cpu
 from hybridgen.kernels.index import KVIndex, allocate_index, build_index
-from hybridgen.kernels.layout import DTYPE_NAMES
+from hybridgen.kernels.layout import DTYPE_NAMES, is_packed
 from hybridgen.kernels.layout import KVLayout as KVLayout
 from hybridgen.kernels.memory import map_zeros
+from hybridgen.kernels.page_memory import PageMemory
 from hybridgen.kernels.pool import AttentionPool as AttentionPool
 
 
@@ -36,21 +37,31 @@ class KVPages:
     """The pages of one tier."""
 
     layout: KVLayout
-    k: Tensor  # [num_pages, num_layers, num_kv_heads, page_size, head_dim]
+    k: Tensor  # [num_pages, num_layers, num_kv_heads, page_size, head_dim]; pages may be apart
     v: Tensor  # like k
     index: KVIndex | None = None  # of K; written as tokens are stored and pages copied
+    memory: PageMemory | None = None  # where the pages lie; counts what is read of them
 
     def __post_init__(self) -> None:
         shape = self.layout.shape(self.num_pages)
         for pages in (self.k, self.v):
             if pages.shape != shape:
                 raise ValueError(f"pages of shape {tuple(pages.shape)} do not have the layout {self.layout}")
-            if pages.dtype != self.layout.dtype or pages.device.type != "cpu" or not pages.is_contiguous():
-                raise ValueError(f"pages must be contiguous {self.layout.dtype} in host memory")
+            if pages.dtype != self.layout.dtype or pages.device.type != "cpu" or not is_packed(pages):
+                raise ValueError(f"pages must be packed {self.layout.dtype} in host memory")
+        if self.num_pages and self.k.stride(0) != self.v.stride(0):
+            raise ValueError(f"pages of K are {self.k.stride(0)} elements apart, of V {self.v.stride(0)}")
+        if self.memory is not None and self.memory.num_pages != self.num_pages:
+            raise ValueError(f"there are labels for {self.memory.num_pages} of {self.num_pages} pages")
 
     @property
     def num_pages(self) -> int:
         return self.k.shape[0]
+
+    @property
+    def page_stride(self) -> int:
+        """Elements from a page to the next, in K and in V: what a page has, or more."""
+        return self.k.stride(0) if self.num_pages > 1 else self.layout.page_bytes // 2 // self.k.itemsize
 
 
 def allocate_pages(layout: KVLayout, num_pages: int, *, with_index: bool = False) -> KVPages:
@@ -97,6 +108,8 @@ def copy_pages(
         source_pages,
         target_pages,
         source.layout.page_bytes // 2,
+        source.page_stride * source.k.itemsize,
+        target.page_stride * target.k.itemsize,
     )
     if target.index is not None:
         build_index(pool, target.layout, target.k, target.v, target.index, target_pages)
@@ -184,6 +197,7 @@ class AttentionStep:
             layout.head_dim,
             layout.page_size,
             DTYPE_NAMES[layout.dtype],
+            pages.page_stride,
             pages.k.data_ptr(),
             pages.v.data_ptr(),
             first_page,
@@ -198,7 +212,12 @@ class AttentionStep:
             scale,
         )
         if pages.index is not None:
-            self.handle.keep_index(pool.isa, pages.index.k.data_ptr(), pages.index.v_sum.data_ptr())
+            index = pages.index
+            self.handle.keep_index(
+                pool.isa, index.k.data_ptr(), index.k_stride, index.v_sum.data_ptr(), index.v_sum_stride
+            )
+        if pages.memory is not None:
+            self.handle.keep_memory(pages.memory.handle)
 
     def store(self, layer: int, k: Tensor, v: Tensor) -> None:
         """Write this step's keys and values to their slots, those that are on this tier.

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from hybridgen.kernels import _cpu
 from hybridgen.kernels.isa import select_isa
-from hybridgen.kernels.layout import GROUP_TOKENS, KVLayout
+from hybridgen.kernels.layout import GROUP_TOKENS, KVLayout, is_packed
 from hybridgen.kernels.memory import map_zeros
 from hybridgen.kernels.pool import AttentionPool
 
@@ -34,6 +34,20 @@ class KVIndex:
 
     k: Tensor
     v_sum: Tensor
+
+    def __post_init__(self) -> None:
+        if not (is_packed(self.k) and is_packed(self.v_sum)):
+            raise ValueError("each page of an index must be contiguous")
+
+    @property
+    def k_stride(self) -> int:
+        """Bytes from a page to the next."""
+        return self.k.stride(0) if len(self.k) > 1 else self.k[:1].nbytes
+
+    @property
+    def v_sum_stride(self) -> int:
+        """Floats from a page to the next."""
+        return self.v_sum.stride(0) if len(self.v_sum) > 1 else self.v_sum[:1].numel()
 
     @property
     def page_bytes(self) -> int:
@@ -79,13 +93,16 @@ def build_index(
     """Quantise K and add up V of whole pages, all layers and heads; the same bits on every instruction set.
 
     Args:
-        k, v: [num_pages, num_layers, num_kv_heads, page_size, head_dim], contiguous.
+        k, v: [num_pages, num_layers, num_kv_heads, page_size, head_dim], equally far apart.
         pages: ids in [0, num_pages). Slots that hold no token yet give index entries that are never read.
     """
     num_pages = len(index.k)
     if any(not 0 <= page < num_pages for page in pages):
         raise ValueError(f"pages {list(pages)} are not all in [0, {num_pages})")
-    _handle(layout, index).build(pool.handle, pool.isa, k.data_ptr(), v.data_ptr(), list(pages))
+    packed = k[:1].numel()
+    _handle(layout, index, page_stride=k.stride(0) if num_pages > 1 else packed).build(
+        pool.handle, pool.isa, k.data_ptr(), v.data_ptr(), list(pages)
+    )
 
 
 def estimate(
@@ -169,13 +186,16 @@ def select(
     return Selection(torch.tensor(tokens, dtype=torch.int32), torch.tensor(lse), torch.tensor(rest))
 
 
-def _handle(layout: KVLayout, index: KVIndex) -> _cpu.IndexPages:
+def _handle(layout: KVLayout, index: KVIndex, *, page_stride: int = 0) -> _cpu.IndexPages:
     return _cpu.IndexPages(
         str(layout.dtype).removeprefix("torch."),
         layout.num_layers,
         layout.num_kv_heads,
         layout.head_dim,
         layout.page_size,
+        page_stride,
         index.k.data_ptr(),
+        index.k_stride,
         index.v_sum.data_ptr(),
+        index.v_sum_stride,
     )

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 GROUP_TOKENS = 16  # keys that are repacked together
 MAX_HEAD_DIM = 512
@@ -42,3 +43,8 @@ class KVLayout:
         """K and V together."""
         elements = self.num_layers * self.num_kv_heads * self.head_dim * self.page_size
         return 2 * elements * self.dtype.itemsize
+
+
+def is_packed(pages: Tensor) -> bool:
+    """Whether each page, the first dimension, is contiguous; pages may be apart."""
+    return len(pages) == 0 or pages[0].is_contiguous()

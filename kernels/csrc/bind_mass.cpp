@@ -35,14 +35,14 @@ Dtype dtype_of(const std::string& name) {
 
 struct IndexPages {  // a tier's K, V and index, page first
   IndexPages(const std::string& dtype, int32_t num_layers, int32_t num_kv_heads, int32_t head_dim, int32_t page_size,
-             uintptr_t index, uintptr_t v_sum)
+             int64_t page_stride, uintptr_t index, int64_t index_stride, uintptr_t v_sum, int64_t v_sum_stride)
       : dtype(dtype_of(dtype)),
         num_heads(num_layers * num_kv_heads),
         head_dim(head_dim),
         page_size(page_size),
         piece_bytes(page_size / kIndexGroup * index_group_bytes(head_dim)),
-        index(pointer<std::byte>(index)),
-        v_sum(pointer<float>(v_sum)) {}
+        page_stride(page_stride),
+        index{pointer<std::byte>(index), pointer<float>(v_sum), index_stride, v_sum_stride} {}
 
   void build(Pool& pool, const std::string& isa, uintptr_t k, uintptr_t v, const std::vector<int64_t>& pages) const {
     struct Call {
@@ -62,10 +62,12 @@ struct IndexPages {  // a tier's K, V and index, page first
           const auto dtype = static_cast<int>(self.dtype);
           const int64_t half = int64_t{self.page_size} * self.head_dim * dtype_bytes(self.dtype);
           for (int32_t head = 0; head < self.num_heads; ++head) {
-            const int64_t n = c.pages[item] * self.num_heads + head;
-            c.kernels.quantize[dtype](c.k + n * half, self.head_dim, self.page_size, 0, self.head_dim,
-                                      self.index + n * self.piece_bytes);
-            c.kernels.sum_page[dtype](c.v + n * half, self.page_size, self.head_dim, self.v_sum + n * self.head_dim);
+            const int64_t page = c.pages[item];
+            const int64_t offset = page * self.page_stride * dtype_bytes(self.dtype) + head * half;
+            c.kernels.quantize[dtype](c.k + offset, self.head_dim, self.page_size, 0, self.head_dim,
+                                      self.index.k + page * self.index.k_stride + head * self.piece_bytes);
+            c.kernels.sum_page[dtype](c.v + offset, self.page_size, self.head_dim,
+                                      self.index.v_sum + page * self.index.v_sum_stride + int64_t{head} * self.head_dim);
           }
         },
         &call, 0, static_cast<int64_t>(pages.size()) * bytes < (int64_t{256} << 10));
@@ -74,8 +76,8 @@ struct IndexPages {  // a tier's K, V and index, page first
   ScanTask task(const IndexQuery& query, int32_t layer_head, const std::vector<int32_t>& block_table,
                 int32_t num_tokens, int32_t num_sinks) const {
     ScanTask task{};
-    task.index = index + layer_head * piece_bytes;
-    task.page_stride = num_heads * piece_bytes;
+    task.index = index.k + layer_head * piece_bytes;
+    task.page_stride = index.k_stride;
     task.block_table = block_table.data();
     task.page_size = page_size;
     task.head_dim = head_dim;
@@ -120,8 +122,8 @@ struct IndexPages {  // a tier's K, V and index, page first
   int32_t head_dim;
   int32_t page_size;
   int64_t piece_bytes;
-  std::byte* index;
-  float* v_sum;
+  int64_t page_stride;  // elements, of K and V
+  Index index;
 };
 
 }  // namespace
@@ -130,9 +132,10 @@ void bind_mass(nb::module_& m) {
   m.def("index_group_bytes", &index_group_bytes, nb::arg("head_dim"));
 
   nb::class_<IndexPages>(m, "IndexPages")
-      .def(nb::init<const std::string&, int32_t, int32_t, int32_t, int32_t, uintptr_t, uintptr_t>(), nb::arg("dtype"),
-           nb::arg("num_layers"), nb::arg("num_kv_heads"), nb::arg("head_dim"), nb::arg("page_size"), nb::arg("index"),
-           nb::arg("v_sum"))
+      .def(nb::init<const std::string&, int32_t, int32_t, int32_t, int32_t, int64_t, uintptr_t, int64_t, uintptr_t,
+                    int64_t>(),
+           nb::arg("dtype"), nb::arg("num_layers"), nb::arg("num_kv_heads"), nb::arg("head_dim"), nb::arg("page_size"),
+           nb::arg("page_stride"), nb::arg("index"), nb::arg("index_stride"), nb::arg("v_sum"), nb::arg("v_sum_stride"))
       .def("build", &IndexPages::build, nb::arg("pool"), nb::arg("isa"), nb::arg("k"), nb::arg("v"), nb::arg("pages"),
            nb::call_guard<nb::gil_scoped_release>())
       .def("estimate", &IndexPages::estimate, nb::arg("isa"), nb::arg("q"), nb::arg("group"), nb::arg("scale"),
@@ -163,14 +166,12 @@ void bind_mass(nb::module_& m) {
   nb::class_<MassStep>(m, "MassStep")
       .def(
           "__init__",
-          [](MassStep* self, const Step& step, uintptr_t index, uintptr_t v_sum, const std::string& isa, double mass,
-             double floor, bool tail, int32_t num_sinks, int32_t min_tokens, MassRecord& record) {
-            new (self) MassStep(step, {pointer<std::byte>(index), pointer<float>(v_sum)}, isa,
-                                {mass, floor, tail, num_sinks, min_tokens}, record);
+          [](MassStep* self, const Step& step, const std::string& isa, double mass, double floor, bool tail,
+             int32_t num_sinks, int32_t min_tokens, MassRecord& record) {
+            new (self) MassStep(step, isa, {mass, floor, tail, num_sinks, min_tokens}, record);
           },
-          nb::arg("step"), nb::arg("index"), nb::arg("v_sum"), nb::arg("isa"), nb::arg("mass"), nb::arg("floor"),
-          nb::arg("tail"), nb::arg("num_sinks"), nb::arg("min_tokens"), nb::arg("record"), nb::keep_alive<1, 2>(),
-          nb::keep_alive<1, 11>())
+          nb::arg("step"), nb::arg("isa"), nb::arg("mass"), nb::arg("floor"), nb::arg("tail"), nb::arg("num_sinks"),
+          nb::arg("min_tokens"), nb::arg("record"), nb::keep_alive<1, 2>(), nb::keep_alive<1, 9>())
       .def_prop_ro("num_scanned", &MassStep::num_scanned)
       .def(
           "submit",

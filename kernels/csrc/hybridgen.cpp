@@ -179,7 +179,7 @@ AttendTask HybridGenStep::Attend::task(int32_t number, int32_t kv_head) const {
   AttendTask task{};
   task.k = step.k_pages_ + offset;
   task.v = step.v_pages_ + offset;
-  task.page_stride = layout.page_elements();
+  task.page_stride = layout.page_stride;
   task.pages = sequence.pages;
   task.page_size = layout.page_size;
   task.head_dim = layout.head_dim;
@@ -207,6 +207,9 @@ void HybridGenStep::Attend::score(const Item& item, Worker& worker) const {
   task.block_end = item.end;
   task.logits = logits(sequence, static_cast<int32_t>(head));
   task.block_sums = at<float>(sequence.block_sums, head * sequence.num_blocks * 2);
+  Reading reading(step.memory_);
+  step.count(reading, Role::k, sequence.pages, item.begin * kBlockTokens,
+             std::min(item.end * kBlockTokens, sequence.num_tokens));
   step.pool_.kernels().score[static_cast<int>(layout.dtype)](task, worker.scratch());
   const int64_t tokens = std::min(item.end * kBlockTokens, sequence.num_tokens) - item.begin * kBlockTokens;
   worker.count_bytes(queries_.layer, tokens * layout.head_dim * bytes);
@@ -230,6 +233,24 @@ void HybridGenStep::Attend::choose(int32_t number, int32_t head) const {
   at<Head>(sequence.heads, head)->total = maximum * kLn2 + std::log(total);
 }
 
+// Tokens [begin, end) of the selected ones, whose values one query head reads.
+void HybridGenStep::Attend::count(Reading& reading, const Sequence& sequence, const int32_t* selected,
+                                  const float* logits, float total, int32_t begin, int32_t end) const {
+  const Step& step = step_.step_;
+  const int64_t row_bytes = step.layout_.head_dim * dtype_bytes(step.layout_.dtype);
+  const float cap = queries_.soft_cap;
+  // A query head's part in what its KV head reads and retains.
+  const float share = 1.0f / static_cast<float>(step_.group_);
+  for (int32_t i = begin; i < end; ++i) {
+    const int32_t page = sequence.pages[selected[i] / step.layout_.page_size];
+    reading.add(Role::v, page, row_bytes);
+    if (!step.memory_->has_heat()) continue;
+    float logit = logits[selected[i]] * step.scale_;
+    if (cap > 0.0f) logit = cap * std::tanh(logit / cap);
+    step.memory_->heat(page, std::exp(logit - total) * share, share);
+  }
+}
+
 void HybridGenStep::Attend::attend(const Item& item, Worker& worker) const {
   const Step& step = step_.step_;
   const Layout& layout = step.layout_;
@@ -251,8 +272,11 @@ void HybridGenStep::Attend::attend(const Item& item, Worker& worker) const {
   task.out = reinterpret_cast<float*>(queries_.out) + out_row * queries_.out_stride + int64_t{item.head} * layout.head_dim;
   task.out_float32 = true;
   task.lse = queries_.lse + out_row * step.num_heads_ + item.head;
+  Reading reading(step.memory_);
+  const int32_t end = std::min(item.end * kBlockTokens, sequence.top_k);
+  if (reading.counts()) count(reading, sequence, task.selected, task.logits, head.total, item.begin * kBlockTokens, end);
   step.pool_.kernels().attend[dtype](task, worker.scratch());
-  const int64_t tokens = std::min(item.end * kBlockTokens, sequence.top_k) - item.begin * kBlockTokens;
+  const int64_t tokens = end - item.begin * kBlockTokens;
   worker.count_bytes(queries_.layer, tokens * layout.head_dim * dtype_bytes(layout.dtype));
   // Whoever finishes a head's last slice merges its slices, in their order.
   if (head.pending.fetch_sub(1, std::memory_order_acq_rel) != 1) return;

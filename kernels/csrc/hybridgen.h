@@ -115,6 +115,8 @@ class HybridGenStep::Attend final : public Job {  // one layer's attention in fl
   AttendTask task(int32_t sequence, int32_t kv_head) const;
   void score(const Item& item, Worker& worker) const;
   void choose(int32_t sequence, int32_t head) const;
+  void count(Reading& reading, const Sequence& sequence, const int32_t* selected, const float* logits, float total,
+             int32_t begin, int32_t end) const;
   void attend(const Item& item, Worker& worker) const;
 
   HybridGenStep& step_;

@@ -33,6 +33,7 @@ constexpr int64_t index_group_bytes(int32_t head_dim) {
 // the group; its key is the upper half of the score's bits, so that keys order as scores do.
 //
 // A unit of 32 uint16 holds tokens in the order of vpackssdw: 0 1 2 3, 16 17 18 19, 4 5 6 7, 20 21 22 23, and so on.
+constexpr int32_t place_in_unit(int32_t token) { return token % 16 / 4 * 8 + token / 16 * 4 + token % 4; }
 constexpr float kReferenceWeight = -40.0f;        // log 2; a later key may have a logit 167 * log 2 above the reference
 constexpr uint32_t kAlways = 0xffff;              // key of a token that is attended in any case
 constexpr uint32_t kLowestKey = (127 - 40) << 7;  // 2^-40; below, tokens are counted together
@@ -49,6 +50,8 @@ constexpr int32_t bin_of(uint32_t key) {  // 0x10000, past every key: kBins
 struct Index {  // of a tier's pages
   std::byte* k = nullptr;  // [num_pages, num_layers, num_kv_heads, page_size / 16, group_bytes]  null: there is none
   float* v_sum = nullptr;  // [num_pages, num_layers, num_kv_heads, head_dim]
+  int64_t k_stride = 0;      // bytes from a page to the next
+  int64_t v_sum_stride = 0;  // floats
 };
 
 // A KV head's queries for the scan. Written by `prepare` into index_query_bytes(group, head_dim) bytes.

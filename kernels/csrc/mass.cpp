@@ -1,6 +1,7 @@
 #include "mass.h"
 
 #include <algorithm>
+#include <bit>
 #include <cmath>
 #include <limits>
 #include <new>
@@ -134,10 +135,9 @@ void MassStep::cut(const std::vector<Sequence>& sequences, const std::vector<int
   }
 }
 
-MassStep::MassStep(const Step& step, const Index& index, const std::string& isa, const MassOptions& options,
+MassStep::MassStep(const Step& step, const std::string& isa, const MassOptions& options,
                    MassRecord& record)
     : step_(step),
-      index_(index),
       kernels_(find_index_kernels(isa)),
       options_(options),
       record_(record),
@@ -283,8 +283,8 @@ ScanTask MassStep::Work::scan_task(const Pair& pair, std::byte*& scratch) const 
   const int64_t piece_bytes = layout.page_size / kIndexGroup * index_group_bytes(layout.head_dim);
   std::byte* memory = carve<std::byte>(scratch, index_query_bytes(step_.group_, layout.head_dim));
   ScanTask task{};
-  task.index = step_.index_.k + (int64_t{queries_.layer} * layout.num_kv_heads + pair.head) * piece_bytes;
-  task.page_stride = int64_t{layout.num_layers} * layout.num_kv_heads * piece_bytes;
+  task.index = step_.step_.index_.k + (int64_t{queries_.layer} * layout.num_kv_heads + pair.head) * piece_bytes;
+  task.page_stride = step_.step_.index_.k_stride;
   task.block_table = sequence.pages;
   task.page_size = layout.page_size;
   task.head_dim = layout.head_dim;
@@ -305,9 +305,62 @@ void MassStep::Work::scan(Pair& pair, int32_t begin, int32_t end, Worker& worker
   ScanTask task = scan_task(pair, scratch);
   task.block_begin = begin;
   task.block_end = end;
+  Reading reading(step_.step_.memory_);
+  count_index(reading, pair, begin * kIndexBlock, std::min(end * kIndexBlock, task.num_tokens), 1);
   step_.kernels_.scan(task, scratch);
   const int64_t tokens = std::min(end * kIndexBlock, task.num_tokens) - begin * kIndexBlock;
   worker.count_bytes(queries_.layer, tokens * index_group_bytes(task.head_dim) / kIndexGroup);
+}
+
+// Of tokens [begin, end) one in `stride` is read.
+void MassStep::Work::count_index(Reading& reading, const Pair& pair, int32_t begin, int32_t end, int32_t stride) const {
+  if (!reading.counts()) return;
+  const Layout& layout = step_.step_.layout_;
+  const int64_t token_bytes = index_group_bytes(layout.head_dim) / kIndexGroup;
+  for (int32_t token = begin; token < end;) {
+    const int32_t page = token / layout.page_size;
+    const int32_t next = std::min((page + 1) * layout.page_size, end);
+    reading.add(Role::index, pair.sequence->pages[page], (next - token) * token_bytes / stride);
+    token = next;
+  }
+}
+
+// Tokens whose keys and values are read: a list, or `num` in a row from `first`.
+void MassStep::Work::count_tokens(Reading& reading, const Pair& pair, const int32_t* tokens, int32_t first,
+                                  int32_t num) const {
+  if (!reading.counts()) return;
+  const Step& step = step_.step_;
+  const int32_t page_size = step.layout_.page_size;
+  const int64_t row_bytes = step.layout_.head_dim * dtype_bytes(step.layout_.dtype);
+  const bool has_heat = step.memory_->has_heat();
+  for (int32_t i = 0; i < num;) {
+    const int32_t page = (tokens == nullptr ? first + i : tokens[i]) / page_size;
+    float mass = 0;
+    int32_t count = 0;
+    for (; i < num; ++i, ++count) {
+      const int32_t token = tokens == nullptr ? first + i : tokens[i];
+      if (token >= (page + 1) * page_size) break;
+      if (has_heat && pair.estimated && token < pair.sequence->num_tokens) mass += score_of(pair, token);
+    }
+    const int32_t id = pair.sequence->pages[page];
+    reading.add(Role::k, id, count * row_bytes);
+    reading.add(Role::v, id, count * row_bytes);
+    if (has_heat) step.memory_->heat(id, mass, static_cast<float>(count));
+  }
+}
+
+// A token's softmax probability by the estimates, averaged over the query heads.
+float MassStep::Work::score_of(const Pair& pair, int32_t token) const {
+  const uint32_t key = pair.keys[token / kIndexUnit * kIndexUnit + place_in_unit(token % kIndexUnit)];
+  if (key != kAlways) return std::bit_cast<float>(key << 16);
+  // What is attended in any case has no key of its own.
+  const int32_t unit = token / kIndexUnit;
+  float score = 0;
+  for (int32_t row = 0; row < step_.group_; ++row) {
+    const uint32_t bits = pair.weights[(int64_t{unit} * step_.group_ + row) * kIndexUnit + place_in_unit(token % kIndexUnit)];
+    score += std::bit_cast<float>(bits << 16) * pair.factor[row];
+  }
+  return score;
 }
 
 // After the scan: what a weight is worth, and how far the estimates are to be trusted.
@@ -575,7 +628,7 @@ void MassStep::Attend::attend(Pair& pair, int32_t number, Worker& worker) const 
   const int64_t offset = (int64_t{queries_.layer} * layout.num_kv_heads + pair.head) * layout.head_elements() * bytes;
   task.k = step.k_pages_ + offset;
   task.v = step.v_pages_ + offset;
-  task.page_stride = layout.page_elements();
+  task.page_stride = layout.page_stride;
   task.pages = sequence.pages;
   task.page_size = layout.page_size;
   task.head_dim = layout.head_dim;
@@ -592,6 +645,8 @@ void MassStep::Attend::attend(Pair& pair, int32_t number, Worker& worker) const 
   task.out = pair.out + (number + 1) * group * layout.head_dim;
   task.out_float32 = true;
   task.lse = lse;
+  Reading reading(step.memory_);
+  count_tokens(reading, pair, task.selected, slice.first, slice.count);
   step.pool_.kernels().attend[static_cast<int>(layout.dtype)](task, scratch);
   worker.count_bytes(queries_.layer, 2 * int64_t{slice.count} * layout.head_dim * bytes);
 }
@@ -609,6 +664,8 @@ void MassStep::Attend::verify(Pair& pair, int32_t begin, int32_t end, Worker& wo
   task.weights = pair.weights;
   task.before = pair.before;
   task.now = pair.now;
+  Reading reading(step_.step_.memory_);
+  count_index(reading, pair, begin * kIndexBlock, std::min(end * kIndexBlock, task.scan.num_tokens), kVerifyStride);
   step_.kernels_.verify(task, scratch);
   const int64_t tokens = std::min(end * kIndexBlock, task.scan.num_tokens) - begin * kIndexBlock;
   worker.count_bytes(queries_.layer, tokens * index_group_bytes(task.scan.head_dim) / kIndexGroup / kVerifyStride);
@@ -723,10 +780,11 @@ void MassStep::Attend::close(Pair& pair, bool complete) const {
   if (tail) {
     const int32_t stride = ceil_div(full_pages, kSampledPages);
     const int32_t pages = ceil_div(full_pages, stride);
-    const float* v_sum = step_.index_.v_sum + (int64_t{queries_.layer} * layout.num_kv_heads + pair.head) * head_dim;
-    const int64_t page_stride = int64_t{layout.num_layers} * layout.num_kv_heads * head_dim;
+    const float* v_sum = step_.step_.index_.v_sum + (int64_t{queries_.layer} * layout.num_kv_heads + pair.head) * head_dim;
+    Reading reading(step.memory_);
     for (int32_t page = 0; page < full_pages; page += stride) {
-      const float* sums = v_sum + sequence.pages[page] * page_stride;
+      reading.add(Role::v_sums, sequence.pages[page], int64_t{head_dim} * 4);
+      const float* sums = v_sum + sequence.pages[page] * step_.step_.index_.v_sum_stride;
       for (int32_t d = 0; d < head_dim; ++d) mean[d] += sums[d];
     }
     for (int32_t d = 0; d < head_dim; ++d) mean[d] /= static_cast<float>(pages * layout.page_size);

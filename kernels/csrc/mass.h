@@ -51,7 +51,7 @@ struct MassRecord {
 
 class MassStep {  // one forward pass: which sequences are scanned and how the work is cut
  public:
-  MassStep(const Step& step, const Index& index, const std::string& isa, const MassOptions& options,
+  MassStep(const Step& step, const std::string& isa, const MassOptions& options,
            MassRecord& record);
 
   class Foretelling;
@@ -90,7 +90,6 @@ class MassStep {  // one forward pass: which sequences are scanned and how the w
   int64_t memory_bytes(int32_t num_blocks) const;
 
   const Step& step_;
-  const Index index_;
   const IndexKernels& kernels_;
   const MassOptions options_;
   MassRecord& record_;
@@ -130,6 +129,9 @@ class MassStep::Work : public Job {  // on pairs of sequences and KV heads
   const std::byte* query(const Pair& pair) const;
   ScanTask scan_task(const Pair& pair, std::byte*& scratch) const;
   void scan(Pair& pair, int32_t begin, int32_t end, Worker& worker) const;
+  void count_index(Reading& reading, const Pair& pair, int32_t begin, int32_t end, int32_t stride) const;
+  void count_tokens(Reading& reading, const Pair& pair, const int32_t* tokens, int32_t first, int32_t num) const;
+  float score_of(const Pair& pair, int32_t token) const;
   void weigh(Pair& pair, std::byte* scratch) const;
   void score(Pair& pair, int32_t begin, int32_t end, std::byte* scratch) const;
   void choose(Pair& pair) const;

@@ -1,11 +1,13 @@
 // The Python module. Tensors cross as addresses: shapes and dtypes were checked by the wrappers in kernels/*.py.
 
 #include <nanobind/nanobind.h>
+#include <nanobind/stl/pair.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/unique_ptr.h>
 #include <nanobind/stl/vector.h>
 
 #include <stdexcept>
+#include <utility>
 
 #include "bind_hybridgen.h"
 #include "bind_layer.h"
@@ -13,6 +15,7 @@
 #include "bind_pool.h"
 #include "isa.h"
 #include "layer.h"
+#include "memory.h"
 #include "page_copy.h"
 #include "pool.h"
 #include "step.h"
@@ -111,15 +114,30 @@ NB_MODULE(_cpu, m) {
   bind_hybridgen(m);
   bind_layer(m);
 
+  nb::class_<Memory>(m, "Memory")
+      .def(
+          "__init__",
+          [](Memory* self, int32_t num_pages, uintptr_t labels, uintptr_t heat, const std::vector<double>& bandwidths,
+             const std::vector<double>& latencies) {
+            if (bandwidths.size() != latencies.size()) throw std::invalid_argument("one latency for each bandwidth");
+            std::vector<NodeSpeed> speeds;
+            for (size_t i = 0; i < bandwidths.size(); ++i) speeds.push_back({bandwidths[i] / 1e9, latencies[i] * 1e9});
+            new (self) Memory(num_pages, pointer<uint8_t>(labels), pointer<float>(heat), std::move(speeds));
+          })
+      .def("take", [](Memory& self) {
+        Memory::Counts counts = self.take();
+        return std::make_pair(std::move(counts.bytes), std::move(counts.delayed_ns));
+      });
+
   nb::class_<Step>(m, "Step")
       .def(
           "__init__",
           [](Step* self, Pool& pool, int32_t num_layers, int32_t num_kv_heads, int32_t head_dim, int32_t page_size,
-             const std::string& dtype, uintptr_t k_pages, uintptr_t v_pages, int32_t first_page, int32_t num_pages,
+             const std::string& dtype, int64_t page_stride, uintptr_t k_pages, uintptr_t v_pages, int32_t first_page, int32_t num_pages,
              int32_t total_pages, int32_t num_seqs,
              uintptr_t query_begin, uintptr_t kv_len, uintptr_t block_table, int64_t max_pages, int32_t num_heads,
              float scale) {
-            new (self) Step(pool, Layout{num_layers, num_kv_heads, head_dim, page_size, dtype_of(dtype)},
+            new (self) Step(pool, Layout{num_layers, num_kv_heads, head_dim, page_size, dtype_of(dtype), page_stride},
                             pointer<std::byte>(k_pages), pointer<std::byte>(v_pages), first_page, num_pages, total_pages, num_seqs,
                             pointer<int32_t>(query_begin), pointer<int32_t>(kv_len), pointer<int32_t>(block_table),
                             max_pages, num_heads, scale);
@@ -127,9 +145,12 @@ NB_MODULE(_cpu, m) {
           nb::keep_alive<1, 2>())
       .def(
           "keep_index",
-          [](Step& self, const std::string& isa, uintptr_t index, uintptr_t v_sum) {
-            self.keep_index({pointer<std::byte>(index), pointer<float>(v_sum)}, find_index_kernels(isa));
+          [](Step& self, const std::string& isa, uintptr_t index, int64_t index_stride, uintptr_t v_sum,
+             int64_t v_sum_stride) {
+            self.keep_index({pointer<std::byte>(index), pointer<float>(v_sum), index_stride, v_sum_stride},
+                            find_index_kernels(isa));
           })
+      .def("keep_memory", &Step::keep_memory, nb::keep_alive<1, 2>())
       .def(
           "store",
           [](Step& self, int32_t layer, uintptr_t k, int64_t k_stride, uintptr_t v, int64_t v_stride) {
@@ -160,9 +181,11 @@ NB_MODULE(_cpu, m) {
   m.def(
       "copy_pages",
       [](Pool& pool, uintptr_t source_k, uintptr_t source_v, uintptr_t target_k, uintptr_t target_v,
-         const std::vector<int32_t>& sources, const std::vector<int32_t>& targets, int64_t half_bytes) {
+         const std::vector<int32_t>& sources, const std::vector<int32_t>& targets, int64_t half_bytes,
+         int64_t source_stride, int64_t target_stride) {
         PageCopy copy(pool, {pointer<std::byte>(source_k), pointer<std::byte>(source_v)},
-                      {pointer<std::byte>(target_k), pointer<std::byte>(target_v)}, sources, targets, half_bytes);
+                      {pointer<std::byte>(target_k), pointer<std::byte>(target_v)}, sources, targets, half_bytes,
+                      source_stride, target_stride);
         pool.run(copy);
       },
       nb::call_guard<nb::gil_scoped_release>());

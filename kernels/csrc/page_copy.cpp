@@ -5,8 +5,15 @@
 namespace hybridgen {
 
 PageCopy::PageCopy(const Pool& pool, const Halves& source, const Halves& target, const std::vector<int32_t>& sources,
-                   const std::vector<int32_t>& targets, int64_t half_bytes)
-    : pool_(pool), source_(source), target_(target), sources_(sources), targets_(targets), half_bytes_(half_bytes) {}
+                   const std::vector<int32_t>& targets, int64_t half_bytes, int64_t source_stride, int64_t target_stride)
+    : pool_(pool),
+      source_(source),
+      target_(target),
+      sources_(sources),
+      targets_(targets),
+      half_bytes_(half_bytes),
+      source_stride_(source_stride),
+      target_stride_(target_stride) {}
 
 void PageCopy::begin_phase(int32_t phase, int32_t* num_items) {
   const int32_t num_groups = pool_.num_groups();
@@ -17,7 +24,7 @@ void PageCopy::begin_phase(int32_t phase, int32_t* num_items) {
 void PageCopy::run_item(int32_t, int32_t group, int32_t item, Worker&) {
   const auto index = static_cast<size_t>(item * pool_.num_groups() + group);
   for (size_t half = 0; half < 2; ++half) {
-    std::memcpy(target_[half] + targets_[index] * half_bytes_, source_[half] + sources_[index] * half_bytes_,
+    std::memcpy(target_[half] + targets_[index] * target_stride_, source_[half] + sources_[index] * source_stride_,
                 static_cast<size_t>(half_bytes_));
   }
 }

@@ -45,6 +45,9 @@ Step::Step(Pool& pool, const Layout& layout, std::byte* k_pages, std::byte* v_pa
     throw std::invalid_argument(std::to_string(num_heads) + " query heads do not share " +
                                 std::to_string(layout.num_kv_heads) + " KV heads evenly");
   }
+  if (layout.page_stride < layout.head_elements() * layout.num_kv_heads * layout.num_layers) {
+    throw std::invalid_argument("pages " + std::to_string(layout.page_stride) + " elements apart overlap");
+  }
   if (!(scale > 0.0f)) throw std::invalid_argument("scale must be positive");
   if (query_begin_[0] != 0) throw std::invalid_argument("query_begin must begin with 0");
   for (int32_t seq = 0; seq < num_seqs; ++seq) {
@@ -102,6 +105,17 @@ void Step::check_layer(int32_t layer) const {
   }
 }
 
+void Step::count(Reading& reading, Role role, const int32_t* pages, int32_t begin, int32_t end) const {
+  if (!reading.counts()) return;
+  const int64_t row_bytes = layout_.head_dim * dtype_bytes(layout_.dtype);
+  for (int32_t key = begin; key < end;) {
+    const int32_t page = key / layout_.page_size;
+    const int32_t next = std::min((page + 1) * layout_.page_size, end);
+    reading.add(role, pages[page], (next - key) * row_bytes);
+    key = next;
+  }
+}
+
 void Step::store_tokens(int32_t layer, const std::byte* k, int64_t k_stride, const std::byte* v, int64_t v_stride,
                         int32_t begin, int32_t end) const {
   const int64_t bytes = dtype_bytes(layout_.dtype);
@@ -110,32 +124,35 @@ void Step::store_tokens(int32_t layer, const std::byte* k, int64_t k_stride, con
   const int64_t layer_bytes = head_bytes * layout_.num_kv_heads * layer;
   for (int32_t token = begin; token < end; ++token) {
     if (slots_[token] < 0) continue;
-    const int64_t page = slots_[token] / layout_.page_size * layout_.page_elements() * bytes + layer_bytes;
+    const int64_t page = slots_[token] / layout_.page_size;
+    const int64_t begin = page * layout_.page_stride * bytes + layer_bytes;
     const auto offset = static_cast<int32_t>(slots_[token] % layout_.page_size);
     for (int32_t head = 0; head < layout_.num_kv_heads; ++head) {
       const std::byte* k_in = k + (token * k_stride + int64_t{head} * layout_.head_dim) * bytes;
       const std::byte* v_in = v + (token * v_stride + int64_t{head} * layout_.head_dim) * bytes;
-      const int64_t out = page + head * head_bytes + offset * row_bytes;
+      const int64_t out = begin + head * head_bytes + offset * row_bytes;
       std::byte* k_out = k_pages_ + out;
       std::byte* v_out = v_pages_ + out;
       std::memcpy(k_out, k_in, static_cast<size_t>(row_bytes));
       std::memcpy(v_out, v_in, static_cast<size_t>(row_bytes));
       if (index_.k == nullptr) continue;
-      const int64_t piece = (slots_[token] / layout_.page_size * layout_.num_layers + layer) * layout_.num_kv_heads + head;
+      const int64_t piece = int64_t{layer} * layout_.num_kv_heads + head;
       index_kernels_->quantize[static_cast<int>(layout_.dtype)](
           k_out, layout_.head_dim, 1, offset, layout_.head_dim,
-          index_.k + piece * (layout_.page_size / kIndexGroup) * index_group_bytes(layout_.head_dim));
+          index_.k + page * index_.k_stride + piece * (layout_.page_size / kIndexGroup) * index_group_bytes(layout_.head_dim));
     }
   }
 }
 
 // Of the page that this token fills.
 void Step::sum_pages(int32_t layer, int32_t token) const {
+  const int64_t page = slots_[token] / layout_.page_size;
   for (int32_t head = 0; head < layout_.num_kv_heads; ++head) {
-    const int64_t piece = (slots_[token] / layout_.page_size * layout_.num_layers + layer) * layout_.num_kv_heads + head;
+    const int64_t piece = int64_t{layer} * layout_.num_kv_heads + head;
+    const int64_t values = page * layout_.page_stride + piece * layout_.head_elements();
     index_kernels_->sum_page[static_cast<int>(layout_.dtype)](
-        v_pages_ + piece * layout_.head_elements() * dtype_bytes(layout_.dtype), layout_.page_size, layout_.head_dim,
-        index_.v_sum + piece * layout_.head_dim);
+        v_pages_ + values * dtype_bytes(layout_.dtype), layout_.page_size, layout_.head_dim,
+        index_.v_sum + page * index_.v_sum_stride + piece * layout_.head_dim);
   }
 }
 
@@ -294,7 +311,7 @@ void Step::Attend::run_item(int32_t, int32_t group_index, int32_t item_index, Wo
   AttendTask task{};
   task.k = step_.k_pages_ + offset;
   task.v = step_.v_pages_ + offset;
-  task.page_stride = layout.page_elements();
+  task.page_stride = layout.page_stride;
   task.pages = step_.pages_.data() + step_.pages_begin_[tile.seq];
   task.num_keys = static_cast<int32_t>(step_.pages_begin_[tile.seq + 1] - step_.pages_begin_[tile.seq]) * layout.page_size;
   task.page_size = layout.page_size;
@@ -315,6 +332,11 @@ void Step::Attend::run_item(int32_t, int32_t group_index, int32_t item_index, Wo
   task.lse = queries_.lse == nullptr ? nullptr : queries_.lse + int64_t{tile.query} * step_.num_heads_ + head * group;
   task.lse_stride = step_.num_heads_;
   worker.count_bytes(queries_.layer, item.bytes);
+  Reading reading(step_.memory_);
+  const int32_t key_end =
+      std::min(item.block_end * kBlockTokens, step_.key_end_[tile.query + tile.num_queries - 1]);
+  step_.count(reading, Role::k, task.pages, item.block_begin * kBlockTokens, key_end);
+  step_.count(reading, Role::v, task.pages, item.block_begin * kBlockTokens, key_end);
   const auto dtype = static_cast<int>(layout.dtype);
   if (tile.partial < 0) {
     step_.pool_.kernels().attend[dtype](task, worker.scratch());

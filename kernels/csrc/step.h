@@ -9,6 +9,7 @@
 
 #include "attend.h"
 #include "index.h"
+#include "memory.h"
 #include "pool.h"
 
 namespace hybridgen {
@@ -19,9 +20,9 @@ struct Layout {
   int32_t head_dim;
   int32_t page_size;
   Dtype dtype;
+  int64_t page_stride;  // elements from a page to the next, in K and in V: what a page has, or more
 
   int64_t head_elements() const { return static_cast<int64_t>(page_size) * head_dim; }
-  int64_t page_elements() const { return head_elements() * num_kv_heads * num_layers; }
 };
 
 class Step {
@@ -39,6 +40,9 @@ class Step {
     index_ = index;
     index_kernels_ = &kernels;
   }
+
+  // Counts what is read of the pages from now on. It outlives the step.
+  void keep_memory(Memory& memory) { memory_ = &memory; }
 
   // k, v: [tokens, num_kv_heads, head_dim] with `stride` elements between tokens.
   void store(int32_t layer, const std::byte* k, int64_t k_stride, const std::byte* v, int64_t v_stride);
@@ -98,6 +102,8 @@ class Step {
                     int32_t begin, int32_t end) const;
   void sum_pages(int32_t layer, int32_t token) const;
   void check_layer(int32_t layer) const;
+  // Of keys [begin, end) of one KV head, in pages of `pages`, a row each is read.
+  void count(Reading& reading, Role role, const int32_t* pages, int32_t begin, int32_t end) const;
 
   Pool& pool_;
   const Layout layout_;
@@ -105,6 +111,7 @@ class Step {
   std::byte* const v_pages_;
   Index index_;
   const IndexKernels* index_kernels_ = nullptr;
+  Memory* memory_ = nullptr;
   const int32_t num_heads_;
   const float scale_;
   std::vector<int32_t> query_begin_;  // [num_seqs + 1]

@@ -155,15 +155,12 @@ class MassPolicy:
 
     def _prepare(self, step: AttentionStep) -> _cpu.MassStep:
         if self._handle is None or self._step is not step:
-            index = step.pages.index
-            if index is None:
+            if step.pages.index is None:
                 raise ValueError("the mass policy needs pages with an index")
             self._foretellings.clear()
             self._step = step
             self._handle = _cpu.MassStep(
                 step.handle,
-                index.k.data_ptr(),
-                index.v_sum.data_ptr(),
                 step.pool.isa,
                 self.mass,
                 self.floor,
