@@ -174,6 +174,7 @@ _SHOCK = (
 )
 _DISTURBED = 0.03  # of a step spent on moves: its times are those of a machine with less bandwidth
 _CHANGED_DISTURBED = 1.6  # and must be off by this much more before they count
+_MOVE_STEPS = 8  # in a row, after which they count all the same: what was before is too long ago
 _EXCITED = 0.04  # relative spread of bytes from which on a fit believes its slope more than the one before
 _BAND = 0.015  # of a step's time, that another split must gain; doubled whenever the split turns round
 _FORGIVEN = 32  # steps at rest after which one turn is not counted any more
@@ -200,6 +201,7 @@ class _Side:
         self._described = seconds_per_byte
         self._samples: deque[tuple[float, float, bool]] = deque(maxlen=_WINDOW)
         self._astray: deque[bool] = deque(maxlen=3)  # of the last steps that were far off the fit: too slow
+        self._num_disturbed = 0  # last steps in a row
         self.proportional = proportional
         self.mean_bytes = 0.0
         self.mean_s = 0.0
@@ -229,12 +231,18 @@ class _Side:
         if num_bytes <= 0 or seconds <= 0:
             return False
         shocked, off = False, 1.0
+        self._num_disturbed = self._num_disturbed + 1 if disturbed else 0
+        if self._num_disturbed == _MOVE_STEPS + 1:
+            kept = [sample for sample in self._samples if sample[2]]
+            if len(kept) < _MIN_SAMPLES:
+                kept = list(self._samples)[-_MIN_SAMPLES:]
+            self._samples = deque(((b, s, True) for b, s, _ in kept), maxlen=_WINDOW)
         if self.is_measured:
             off = seconds / self.seconds(num_bytes)
             limit = max(_CHANGED, 1 + 4 * self.spread) * (_CHANGED_DISTURBED if disturbed else 1)
             if 1 / limit <= off <= limit:
                 self._astray.clear()
-                if disturbed:
+                if disturbed and self._num_disturbed <= _MOVE_STEPS:
                     return False
             else:
                 if self._astray and self._astray[-1] != (off > 1):
@@ -315,7 +323,7 @@ class _Model:
         if num_host > 0 and step.host_bytes > 0:
             self.host_page_bytes += 0.4 * (step.host_bytes / num_host - self.host_page_bytes)
         disturbed = step.moved_s > _DISTURBED * step.step_s
-        device_shocked = self.device.observe(step.device_bytes, step.device_s, disturbed=disturbed)
+        device_shocked = self.device.observe(step.device_bytes, step.device_s)
         host_shocked = self.host.observe(step.host_bytes, step.host_s, disturbed=disturbed)
         hidden_s = 0.0
         if step.host_s > 0 and (step.device_wait_s or step.host_wait_s):
