@@ -145,7 +145,7 @@ def run(rule: RuleBase, load: Load, *, steps: int) -> Result:
     books = rule.books
     free = list(range(len(books.readers)))[::-1]
     shared = [free.pop() for _ in range(load.num_shared)]
-    waiting = sum(load.contexts)
+    waiting = sum(load.contexts) - load.num_shared * len(load.contexts)
     if shared:
         rule.place(shared, readers=len(load.contexts), coming=waiting)
     owned = []

@@ -665,7 +665,7 @@ class FeedbackController:
 
     def _candidates(self) -> list[tuple[int, bool]]:
         threads, ahead = self._settings
-        change = max(1, threads // 4)
+        change = max(1, threads // 8)
         others = [(threads, not ahead)] if self.config.can_look_ahead and not self._mass_is_low else []
         others += [(max(1, threads - change), ahead), (min(self.config.max_threads, threads + change), ahead)]
         return [other for other in others if other != self._settings and other not in self._tried]

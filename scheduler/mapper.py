@@ -145,8 +145,13 @@ class SemanticMapper(RuleBase):
         ):
             return
         self._poured = now
+        # Roles that are read alike lie alike: K and V of `exact` are one thing.
+        density = [round(load / size, 3) if size else 0.0 for load, size in zip(loads, sizes, strict=True)]
+        alike = sorted(set(density))
+        thing = np.array([alike.index(value) for value in density])
+        sizes, loads = (np.bincount(thing, each).astype(np.float64) for each in (sizes, loads))
         poured = pour(sizes, loads, books.capacity, books.bandwidth)
-        self._targets = poured / np.maximum(sizes, 1.0)[:, None]
+        self._targets = (poured / np.maximum(sizes, 1.0)[:, None])[thing]
 
     def _role_loads(self) -> Floats:
         """Bytes a step reads of each role: means of what was measured, if anything was placed."""
@@ -158,10 +163,11 @@ class SemanticMapper(RuleBase):
 
     def _order(self, column: int, used: Sequence[float]) -> Sequence[int]:
         books = self.books
-        targets = self._targets[column]
-        with np.errstate(divide="ignore"):
-            turn = (books.num_pieces[column] + 1) / targets  # inf where the role has no place
-        order: list[int] = np.lexsort((books.loads / books.bandwidth, turn)).tolist()
+        targets, pieces = self._targets[column], books.num_pieces[column]
+        ready = (books.loads + books.role_bytes[column] * books.pattern.shares[column]) / books.bandwidth
+        # Of the nodes that have less than their share of the role, the one that is ready first: shares are not whole.
+        has_enough = pieces >= targets * (pieces.sum() + 1)
+        order: list[int] = np.lexsort((ready, targets == 0, has_enough)).tolist()
         return order
 
     def plan(self, byte_budget: int) -> tuple[Migration, ...]:
@@ -282,7 +288,7 @@ class _Plan:
 
     @property
     def is_spent(self) -> bool:
-        return self._left < self._smallest
+        return bool(self._left < self._smallest)
 
     def transfer(self, late: int, ready: int, amount: float) -> None:
         """Move pieces that are read by `amount` bytes a step together, or as near below it as there are.
