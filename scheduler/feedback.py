@@ -202,7 +202,9 @@ class _Side:
         self._samples: deque[tuple[float, float, bool]] = deque(maxlen=_WINDOW)
         self._astray: deque[bool] = deque(maxlen=3)  # of the last steps that were far off the fit: too slow
         self._num_disturbed = 0  # last steps in a row
-        self._slowdown = 1.0  # of disturbed steps, by the first ones of every move, when the bytes are still the same
+        self._slowdown = (
+            1.0  # of disturbed steps, by the first ones of every move, when the bytes are still the same
+        )
         self.proportional = 0.85
         self.mean_bytes = 0.0
         self.mean_s = 0.0
@@ -517,7 +519,7 @@ class FeedbackController:
         else:
             reason, text = self._aim(num_pages, lowest, highest, may_narrow=not is_low)
             self._try_settings(num_pages, lowest, highest, is_low=is_low)
-            if self._trial is not None and reason is Reason.BALANCED:
+            if self._trial is not None and reason in (Reason.BALANCED, Reason.DEVICE_FULL):
                 threads, ahead = self._trial.settings
                 reason = Reason.TRIAL
                 text = (
@@ -540,12 +542,12 @@ class FeedbackController:
         best = model.best(num_pages, lowest, highest)
         measured = self.config.mode is Mode.MEASURED and (model.device.is_measured or model.host.is_measured)
         band = _BAND if measured else _PREDICTED_BAND
+        if highest == num_pages and not model.host.is_measured:
+            # Without need the host is not asked: by description it must gain more than that may be wrong by.
+            alone_s = model.step_s(num_pages, num_pages)
+            best = num_pages if model.step_s(best, num_pages) > (1 - _PREDICTED_BAND) * alone_s else best
         if self._share is None:
-            # Without need the host is not asked: what the description says of it must gain more than it may be wrong by.
-            if highest == num_pages:
-                gain = 1 - model.step_s(best, num_pages) / model.step_s(num_pages, num_pages)
-                best = num_pages if gain < band else best
-            self._share = best / num_pages
+            self._share = sum(self._splits.values()) / num_pages
         aim = min(highest, max(lowest, round(self._share * num_pages)))
         if best < aim and not may_narrow:
             best = aim
@@ -559,6 +561,7 @@ class FeedbackController:
         if is_worth_it and not is_too_dear:
             self._share, self._num_turns, self._direction = best / num_pages, turns, direction
             self._steps_at_rest = 0
+            self._tried.clear()  # with more or fewer pages on the host its threads may matter more
             aim = best
         else:
             self._steps_at_rest += 1
@@ -697,7 +700,8 @@ class FeedbackController:
             lowest = min(highest, count * config.min_device_pages)
             best = model.best(num_pages, lowest, highest)
             device_s, host_s = model.sides(best, num_pages)
-            return model.step_s(best, num_pages), best < num_pages and host_s >= 0.9 * device_s
+            limits = model.host.is_measured and best < num_pages and host_s >= 0.9 * device_s
+            return model.step_s(best, num_pages), limits
 
         def objection(count: int) -> LimitReason:
             """Against running so many; only where the host is at work, and not ahead of the device."""
