@@ -10,6 +10,7 @@
 
 #include "bind_hybridgen.h"
 #include "bind_mass.h"
+#include "bind_memory.h"
 #include "bind_pool.h"
 #include "isa.h"
 #include "page_copy.h"
@@ -162,6 +163,7 @@ NB_MODULE(_cpu, m) {
 
   bind_pool(m);
   bind_mass(m);
+  bind_memory(m);
   bind_hybridgen(m);
 
   nb::class_<Step>(m, "Step")

@@ -15,10 +15,10 @@ from hybridgen.configs.settings import (
     EngineSettings,
     Settings,
     SettingsError,
-    _cgroup_quotas,
     add_arguments,
     allowed_cpus,
     api_keys,
+    cgroup_cpu_quotas,
     chat_template,
     client_api_key,
     engine_settings,
@@ -255,8 +255,8 @@ def test_cgroup_limits_count_from_the_process_up_to_the_root(tmp_path: Path) -> 
     write(tmp_path / "fs/a/cpu.max", "150000 100000\n")
     write(tmp_path / "fs/cpu.max", "400000 100000\n")
     write(tmp_path / "cpu.max", "1 100000\n")  # outside
-    assert list(_cgroup_quotas(tmp_path / "fs", own)) == [1.5, 4.0]
-    assert list(_cgroup_quotas(tmp_path / "fs", tmp_path / "none")) == []
+    assert list(cgroup_cpu_quotas(tmp_path / "fs", own)) == [1.5, 4.0]
+    assert list(cgroup_cpu_quotas(tmp_path / "fs", tmp_path / "none")) == []
 
 
 @pytest.mark.parametrize("name", Settings.model_fields)
