@@ -576,9 +576,9 @@ def cgroup_cpu_quotas(
     for line in lines:
         number, controllers, inside = line.split(":", 2)
         if number == "0":  # version 2
-            top, files = root, ("cpu.max",)
+            top, files = root, ["cpu.max"]
         elif "cpu" in controllers.split(","):
-            top, files = root / controllers, ("cpu.cfs_quota_us", "cpu.cfs_period_us")
+            top, files = root / controllers, ["cpu.cfs_quota_us", "cpu.cfs_period_us"]
             top = top if top.is_dir() else root / "cpu"
         else:
             continue

@@ -1,4 +1,4 @@
-"""What memory this machine has, as the kernel tells it: nodes, their CPUs, distances and attributes, CXL devices, limits.
+"""What memory this machine has, as the kernel tells it: nodes, CPUs, distances, attributes, CXL devices, limits.
 
 Reads files below a root and nothing else, so that a folder of files can stand for any machine. Measures nothing
 (`kernels/measure.py`) and places nothing (`kernels/arena.py`).
@@ -298,8 +298,8 @@ def _tier(node: Node, nodes: Iterable[Node], tiers: Mapping[int, MemoryTier]) ->
         return "cxl", f"its memory comes from {', '.join(node.cxl_regions)}"
     if node.cpus:
         return "dram", "it has CPUs"
-    # Memory without CPUs may also be faster than DRAM, as that on a processor's package is. The kernel's tiers do not tell
-    # by themselves: machines put all nodes into one.
+    # Memory without CPUs may also be faster than DRAM, as that on a processor's package is. The kernel's tiers do not
+    # tell by themselves: machines put all nodes into one.
     with_cpus = [other for other in nodes if other.cpus and other.total_bytes]
     dram = max((other.access.read_bandwidth for other in with_cpus if other.access is not None), default=0.0)
     own = node.access.read_bandwidth if node.access is not None else 0.0
@@ -321,20 +321,20 @@ def _warnings(
     for node in nodes:
         if node.offline_bytes:
             yield (
-                f"node {node.id} has no memory online, and {gibibytes(node.offline_bytes)} offline: write `online_movable` "
-                f"to state in /sys/devices/system/node/node{node.id}/memory*/"
+                f"node {node.id} has no memory online, and {gibibytes(node.offline_bytes)} offline: write "
+                f"`online_movable` to state in /sys/devices/system/node/node{node.id}/memory*/"
             )
         elif node.total_bytes and node.id not in limits.nodes:
             yield (
-                f"node {node.id} ({node.tier}, {gibibytes(node.total_bytes)}) may not be used: the cpuset allows memory "
-                f"of nodes {format_list(limits.nodes)} (containers: --cpuset-mems)"
+                f"node {node.id} ({node.tier}, {gibibytes(node.total_bytes)}) may not be used: the cpuset allows "
+                f"memory of nodes {format_list(limits.nodes)} (containers: --cpuset-mems)"
             )
     with_memory = [node for node in nodes if node.total_bytes and node.id in limits.nodes]
     online = {cpu for node in nodes for cpu in node.cpus}
     if limits.cpu_quota < len(online & set(limits.cpus)):
         yield (
-            f"the cgroup's quota is {limits.cpu_quota:.3g} CPUs, of {len(limits.cpus)} that may be used: threads beyond "
-            "it would be stopped for a part of each period"
+            f"the cgroup's quota is {limits.cpu_quota:.3g} CPUs, of {len(limits.cpus)} that may be used: threads "
+            "beyond it would be stopped for a part of each period"
         )
     total = sum(node.total_bytes for node in with_memory)
     moves = [
@@ -430,7 +430,7 @@ def _memory_tiers(root: Path) -> dict[int, int]:
 
 
 def _cxl_regions(root: Path) -> dict[int, tuple[str, ...]]:
-    """Regions by the node that their memory is in. A region does not tell; the device made of it for the kernel does."""
+    """Regions by the node that their memory is in; the region does not tell, the device made of it does."""
     found: dict[int, set[str]] = defaultdict(set)
     for device in (root / "sys/bus/dax/devices").glob("dax*"):
         parts = device.resolve().parts

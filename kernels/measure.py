@@ -1,0 +1,277 @@
+"""What each memory node does, measured: bytes a second by number of threads, and the time of one dependent read.
+
+Figures are kept in the user's cache, by everything that they depend on, since they take seconds to get.
+"""
+
+import hashlib
+import logging
+import os
+import platform
+import tempfile
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+import torch
+
+import hybridgen
+from hybridgen.kernels import _cpu
+from hybridgen.kernels.arena import Arena
+from hybridgen.kernels.isa import select_isa
+from hybridgen.kernels.memory import PlacementError
+from hybridgen.kernels.numa import Node, Topology, cores, free_bytes, gibibytes
+from hybridgen.kernels.pool import AttentionPool
+
+_log = logging.getLogger(__name__)
+
+MOST_SECONDS = 2.4  # for a whole machine; with setting up it stays under 3
+_BUFFER_BYTES = 256 << 20  # many times the caches of a core, and some times those that cores share
+_LEAST_BUFFER_BYTES = 32 << 20
+_READS = 1 << 16  # of a chain
+_SECONDS_PER_COUNT = 0.05
+
+
+@dataclass(frozen=True, slots=True)
+class NodeMeasurement:
+    """
+    Attributes:
+        cpus: that read, the node's nearest, one of each core first.
+        read_bandwidth: (threads, bytes a second), by rising number of threads; the last is all the cores. Empty where
+            nothing could be measured.
+        latency_s: of a read that the next one waits for, in no cache, address translation included.
+        buffer_bytes: that were read through.
+        problem: why there are no figures; else empty.
+    """
+
+    node: int
+    cpus: tuple[int, ...]
+    read_bandwidth: tuple[tuple[int, float], ...]
+    latency_s: float
+    buffer_bytes: int
+    problem: str = ""
+
+    @property
+    def best_bandwidth(self) -> float:
+        """Bytes a second with the best number of threads.
+
+        Raises:
+            ValueError: nothing could be measured.
+        """
+        if not self.read_bandwidth:
+            raise ValueError(self.problem)
+        return max(bandwidth for _, bandwidth in self.read_bandwidth)
+
+
+@dataclass(frozen=True, slots=True)
+class Measurements:
+    """
+    Attributes:
+        fingerprint: of what they depend on; equal fingerprints, equal machines.
+        measured_at: seconds since 1970, UTC.
+        took_s: for all nodes.
+    """
+
+    fingerprint: str
+    measured_at: float
+    took_s: float
+    nodes: tuple[NodeMeasurement, ...]
+
+    def node(self, number: int) -> NodeMeasurement:
+        """
+        Raises:
+            KeyError: the node was not measured.
+        """
+        for node in self.nodes:
+            if node.node == number:
+                return node
+        raise KeyError(f"node {number} was not measured")
+
+
+@dataclass(frozen=True, slots=True)
+class MeasuredNode:
+    """What a plan needs to know of a node; figures from the firmware where nothing could be measured say so."""
+
+    id: int
+    name: str
+    tier: str
+    read_bandwidth: float  # bytes a second
+    latency_s: float
+    capacity_bytes: int  # free now, files' cached pages included
+    source: str
+
+
+def measured_nodes(topology: Topology, measurements: Measurements) -> tuple[MeasuredNode, ...]:
+    """The nodes that may hold KV, DRAM first, each with its best figures.
+
+    A node that could be neither measured nor is described by the firmware is left out, and logged.
+    """
+    found: list[MeasuredNode] = []
+    for node in topology.usable:
+        measured = next((item for item in measurements.nodes if item.node == node.id), None)
+        access = node.access
+        if measured is not None and measured.read_bandwidth:
+            bandwidth, latency, source = measured.best_bandwidth, measured.latency_s, "measured"
+        elif access is not None and access.read_bandwidth:
+            bandwidth, latency, source = access.read_bandwidth, access.read_latency_s, "firmware"
+        else:
+            reason = "it was not measured" if measured is None else measured.problem
+            _log.warning("node %d is left out of plans, since its speed is not known: %s", node.id, reason)
+            continue
+        name, capacity = f"{node.tier}{node.id}", node.free_bytes + node.cached_bytes
+        found.append(MeasuredNode(node.id, name, node.tier, bandwidth, latency, capacity, source))
+    return tuple(found)
+
+
+def measurements_of(topology: Topology, *, refresh: bool = False, folder: Path | None = None) -> Measurements:
+    """From the cache, or measured now and put there.
+
+    Args:
+        refresh: measure, whatever the cache has.
+        folder: the cache; default: the user's.
+    """
+    key = fingerprint(topology)
+    path = (folder or cache_folder()) / f"memory-{key}.json"
+    if not refresh and (kept := _load(path, key)) is not None:
+        return kept
+    measurements = measure(topology)
+    _save(path, measurements)
+    return measurements
+
+
+def measure(topology: Topology) -> Measurements:
+    """Measure each node that may hold KV, one after the other; in under 3 seconds for up to four nodes.
+
+    The threads are pinned; other work on their CPUs meanwhile makes the figures worse.
+    """
+    begin = time.perf_counter()
+    nodes: list[NodeMeasurement] = []
+    for position, node in enumerate(topology.usable):
+        left = MOST_SECONDS - (time.perf_counter() - begin)
+        nodes.append(_measure_apart(topology, node, left / (len(topology.usable) - position)))
+    return Measurements(fingerprint(topology), time.time(), time.perf_counter() - begin, tuple(nodes))
+
+
+def fingerprint(topology: Topology) -> str:
+    """Of everything that the figures depend on: processor, nodes, limits, kernel, our own version and instructions."""
+    facts = {
+        "cpu": topology.cpu_model,
+        # To 64 MiB: what the kernel takes for itself differs from boot to boot.
+        "nodes": [(node.id, node.cpus, node.tier, node.total_bytes >> 26) for node in topology.nodes],
+        "limits": (topology.limits.cpus, topology.limits.nodes, topology.limits.cpu_quota),
+        "kernel": topology.kernel.release,
+        "huge pages": topology.kernel.transparent_huge_pages,
+        "machine": platform.machine(),
+        "hybridgen": hybridgen.__version__,
+        "isa": select_isa(),
+    }
+    return hashlib.sha256(msgspec.json.encode(facts, order="sorted")).hexdigest()[:16]
+
+
+def cache_folder() -> Path:
+    """Where the user's programs keep what they can make again (XDG's base directories)."""
+    given = os.environ.get("XDG_CACHE_HOME", "")
+    return (Path(given) if given.startswith("/") else Path.home() / ".cache") / "hybridgen"
+
+
+def _measure_apart(topology: Topology, node: Node, seconds: float) -> NodeMeasurement:
+    """In a thread of its own, since the thread that waits works too and is pinned for it."""
+    found: list[NodeMeasurement] = []
+    errors: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            found.append(_measure_node(topology, node, seconds))
+        except BaseException as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=run, name=f"measure-node-{node.id}")
+    thread.start()
+    thread.join()
+    if errors:
+        raise errors[0]
+    return found[0]
+
+
+def _measure_node(topology: Topology, node: Node, seconds: float) -> NodeMeasurement:
+    node_of = {cpu: other.id for other in topology.nodes for cpu in other.cpus}
+    by_core = cores(topology.nearest_cpus(node.id), node_of)
+    cpus = tuple(core[0] for core in by_core)
+    end = time.perf_counter() + seconds
+    free = free_bytes(node.id) or node.free_bytes
+    # Leaves the node most of what it has; huge pages of the system's are whole.
+    buffer_bytes = min(_BUFFER_BYTES, free // 4 >> 21 << 21)
+    if buffer_bytes < _LEAST_BUFFER_BYTES:
+        problem = (
+            f"node {node.id} has {gibibytes(free)} free: too little to measure it with, which takes "
+            f"{gibibytes(4 * _LEAST_BUFFER_BYTES)}"
+        )
+        return NodeMeasurement(node.id, cpus, (), 0.0, 0, problem)
+    os.sched_setaffinity(0, cpus[:1])
+    try:
+        arena = Arena(1, (buffer_bytes,), torch.uint8, name="measuring", nodes=topology.limits.nodes)
+        arena.bind([0], node.id)
+    except (OSError, PlacementError) as error:
+        return NodeMeasurement(node.id, cpus, (), 0.0, 0, f"node {node.id}: {error}")
+    latency = _cpu.chase(arena.address, buffer_bytes, min(_READS, buffer_bytes // 64))
+    bandwidth: dict[int, float] = {}
+    for count in _counts(len(cpus)):
+        if bandwidth and time.perf_counter() + _SECONDS_PER_COUNT > end:
+            break
+        # The caller is one of the threads: it sits where the pool's thread for it would.
+        os.sched_setaffinity(0, cpus[:1])
+        with AttentionPool(count, cpus=cpus[:count], nodes=[node.id] * count) as pool:
+            bandwidth[count] = _read_bandwidth(
+                pool, arena, min(_SECONDS_PER_COUNT, end - time.perf_counter())
+            )
+    return NodeMeasurement(node.id, cpus, tuple(sorted(bandwidth.items())), latency, buffer_bytes)
+
+
+def _read_bandwidth(pool: AttentionPool, arena: Arena, seconds: float) -> float:
+    """Bytes a second of the best pass of at least one: whatever disturbs a pass only makes it slower."""
+    buffer, best = arena.pages[0], float("inf")
+    end = time.perf_counter() + seconds
+    while True:
+        begin = time.perf_counter()
+        pool.plain_read(buffer)
+        now = time.perf_counter()
+        best = min(best, now - begin)
+        if now + best > end:
+            return buffer.nbytes / best
+
+
+def _counts(num_cores: int) -> Sequence[int]:
+    """All cores, one, and powers of two between: in the order of what is most wanted, should time run out."""
+    powers = [1 << power for power in range(num_cores.bit_length()) if 1 < 1 << power < num_cores]
+    return [*dict.fromkeys((num_cores, 1)), *sorted(powers, reverse=True)]
+
+
+def _load(path: Path, key: str) -> Measurements | None:
+    try:
+        kept = msgspec.json.decode(path.read_bytes(), type=Measurements)
+    except FileNotFoundError:
+        return None
+    except (OSError, msgspec.MsgspecError) as error:
+        _log.warning("%s cannot be read (%s); measuring again", path, error)
+        return None
+    if kept.fingerprint != key:
+        _log.warning("%s is of another machine; measuring again", path)
+        return None
+    return kept
+
+
+def _save(path: Path, measurements: Measurements) -> None:
+    """Whole or not at all; whoever may not write there measures again next time."""
+    temporary = ""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=path.name, delete=False) as file:
+            temporary = file.name
+            file.write(msgspec.json.format(msgspec.json.encode(measurements), indent=1) + b"\n")
+        os.replace(temporary, path)
+    except OSError as error:
+        _log.warning("measurements could not be kept in %s: %s", path, error)
+        if temporary:
+            Path(temporary).unlink(missing_ok=True)
