@@ -11,7 +11,6 @@ import tempfile
 import threading
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
@@ -21,6 +20,7 @@ import hybridgen
 from hybridgen.kernels import _cpu
 from hybridgen.kernels.arena import Arena
 from hybridgen.kernels.isa import select_isa
+from hybridgen.kernels.measurements import Measurements, NodeMeasurement
 from hybridgen.kernels.memory import PlacementError
 from hybridgen.kernels.numa import Node, Topology, cores, free_bytes, gibibytes
 from hybridgen.kernels.pool import AttentionPool
@@ -32,97 +32,6 @@ _BUFFER_BYTES = 256 << 20  # many times the caches of a core, and some times tho
 _LEAST_BUFFER_BYTES = 32 << 20
 _READS = 1 << 16  # of a chain
 _SECONDS_PER_COUNT = 0.05
-
-
-@dataclass(frozen=True, slots=True)
-class NodeMeasurement:
-    """
-    Attributes:
-        cpus: that read, the node's nearest, one of each core first.
-        read_bandwidth: (threads, bytes a second), by rising number of threads; the last is all the cores. Empty where
-            nothing could be measured.
-        latency_s: of a read that the next one waits for, in no cache, address translation included.
-        buffer_bytes: that were read through.
-        problem: why there are no figures; else empty.
-    """
-
-    node: int
-    cpus: tuple[int, ...]
-    read_bandwidth: tuple[tuple[int, float], ...]
-    latency_s: float
-    buffer_bytes: int
-    problem: str = ""
-
-    @property
-    def best_bandwidth(self) -> float:
-        """Bytes a second with the best number of threads.
-
-        Raises:
-            ValueError: nothing could be measured.
-        """
-        if not self.read_bandwidth:
-            raise ValueError(self.problem)
-        return max(bandwidth for _, bandwidth in self.read_bandwidth)
-
-
-@dataclass(frozen=True, slots=True)
-class Measurements:
-    """
-    Attributes:
-        fingerprint: of what they depend on; equal fingerprints, equal machines.
-        measured_at: seconds since 1970, UTC.
-        took_s: for all nodes.
-    """
-
-    fingerprint: str
-    measured_at: float
-    took_s: float
-    nodes: tuple[NodeMeasurement, ...]
-
-    def node(self, number: int) -> NodeMeasurement:
-        """
-        Raises:
-            KeyError: the node was not measured.
-        """
-        for node in self.nodes:
-            if node.node == number:
-                return node
-        raise KeyError(f"node {number} was not measured")
-
-
-@dataclass(frozen=True, slots=True)
-class MeasuredNode:
-    """What a plan needs to know of a node; figures from the firmware where nothing could be measured say so."""
-
-    id: int
-    name: str
-    tier: str
-    read_bandwidth: float  # bytes a second
-    latency_s: float
-    capacity_bytes: int  # free now, files' cached pages included
-    source: str
-
-
-def measured_nodes(topology: Topology, measurements: Measurements) -> tuple[MeasuredNode, ...]:
-    """The nodes that may hold KV, DRAM first, each with its best figures.
-
-    A node that could be neither measured nor is described by the firmware is left out, and logged.
-    """
-    found: list[MeasuredNode] = []
-    for node in topology.usable:
-        measured = next((item for item in measurements.nodes if item.node == node.id), None)
-        access = node.access
-        if measured is not None and measured.read_bandwidth:
-            bandwidth, latency, source = measured.best_bandwidth, measured.latency_s, "measured"
-        elif access is not None and access.read_bandwidth:
-            bandwidth, latency, source = access.read_bandwidth, access.read_latency_s, "firmware"
-        else:
-            reason = "it was not measured" if measured is None else measured.problem
-            _log.warning("node %d is left out of plans, since its speed is not known: %s", node.id, reason)
-            continue
-        name, capacity = f"{node.tier}{node.id}", node.free_bytes + node.cached_bytes
-        found.append(MeasuredNode(node.id, name, node.tier, bandwidth, latency, capacity, source))
-    return tuple(found)
 
 
 def measurements_of(topology: Topology, *, refresh: bool = False, folder: Path | None = None) -> Measurements:
