@@ -83,6 +83,9 @@ def map_bytes(num_bytes: int, *, huge: bool) -> Tensor:
     # Private: the kernel gives huge pages to shared mappings by another rule, which is mostly "never".
     region = mmap.mmap(-1, num_bytes + HUGE_PAGE_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     region.madvise(mmap.MADV_HUGEPAGE if huge else mmap.MADV_NOHUGEPAGE)
+    # Parts that are given a policy of their own, and then the common one again, become one mapping only if they were
+    # touched as one before. The last byte is never part of the tensor.
+    region[-1] = 0
     # The tensor keeps the mapping alive; skip to the first huge-page boundary in it.
     whole = torch.frombuffer(region, dtype=torch.uint8)
     skipped = -whole.data_ptr() % HUGE_PAGE_BYTES

@@ -9,7 +9,7 @@ import os
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import zip_longest
 from pathlib import Path
 
@@ -287,8 +287,7 @@ def _only_node(root: Path) -> Node:
 
 def _classify(node: Node, nodes: Iterable[Node], tiers: Mapping[int, MemoryTier]) -> Node:
     tier, reason = _tier(node, nodes, tiers)
-    values = {name: getattr(node, name) for name in Node.__slots__}
-    return Node(**(values | {"tier": tier, "tier_reason": reason}))
+    return replace(node, tier=tier, tier_reason=reason)
 
 
 def _tier(node: Node, nodes: Iterable[Node], tiers: Mapping[int, MemoryTier]) -> tuple[MemoryTier, str]:
