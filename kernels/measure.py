@@ -15,6 +15,7 @@ from pathlib import Path
 
 import msgspec
 import torch
+from torch import Tensor
 
 import hybridgen
 from hybridgen.kernels import _cpu
@@ -22,14 +23,17 @@ from hybridgen.kernels.arena import Arena
 from hybridgen.kernels.isa import select_isa
 from hybridgen.kernels.measurements import Measurements, NodeMeasurement
 from hybridgen.kernels.memory import PlacementError
-from hybridgen.kernels.numa import Node, Topology, cores, free_bytes, gibibytes
+from hybridgen.kernels.numa import CPUS, Node, Topology, cores, format_list, free_bytes, gibibytes
 from hybridgen.kernels.pool import AttentionPool
 
 _log = logging.getLogger(__name__)
 
 MOST_SECONDS = 2.4  # for a whole machine; with setting up it stays under 3
-_BUFFER_BYTES = 256 << 20  # many times the caches of a core, and some times those that cores share
-_LEAST_BUFFER_BYTES = 32 << 20
+_PIECE_BYTES = 32 << 20  # that buffers are made of
+_LEAST_PIECES, _MOST_PIECES = (
+    8,
+    64,
+)  # 256 MiB, more where caches are as large, less where memory or time is short
 _READS = 1 << 16  # of a chain
 _SECONDS_PER_COUNT = 0.05
 
@@ -46,7 +50,13 @@ def measurements_of(topology: Topology, *, refresh: bool = False, folder: Path |
     if not refresh and (kept := _load(path, key)) is not None:
         return kept
     measurements = measure(topology)
-    _save(path, measurements)
+    if disturbed := [node.node for node in measurements.nodes if node.was_disturbed]:
+        _log.warning(
+            "nodes %s were measured while other work ran on their CPUs; the figures are too low and are not kept",
+            format_list(disturbed),
+        )
+    else:
+        _save(path, measurements)
     return measurements
 
 
@@ -110,21 +120,27 @@ def _measure_node(topology: Topology, node: Node, seconds: float) -> NodeMeasure
     cpus = tuple(core[0] for core in by_core)
     end = time.perf_counter() + seconds
     free = free_bytes(node.id) or node.free_bytes
-    # Leaves the node most of what it has; huge pages of the system's are whole.
-    buffer_bytes = min(_BUFFER_BYTES, free // 4 >> 21 << 21)
-    if buffer_bytes < _LEAST_BUFFER_BYTES:
+    wanted = max(_LEAST_PIECES, min(_MOST_PIECES, 2 * _shared_cache_bytes(cpus) // _PIECE_BYTES))
+    most = min(wanted, free // 4 // _PIECE_BYTES)  # leaves the node most of what it has
+    if most == 0:
         problem = (
             f"node {node.id} has {gibibytes(free)} free: too little to measure it with, which takes "
-            f"{gibibytes(4 * _LEAST_BUFFER_BYTES)}"
+            f"{gibibytes(4 * _PIECE_BYTES)}"
         )
-        return NodeMeasurement(node.id, cpus, (), 0.0, 0, problem)
+        return NodeMeasurement(node.id, cpus, (), 0.0, 0, problem=problem)
     os.sched_setaffinity(0, cpus[:1])
+    begin, num_pieces = time.perf_counter(), 0
     try:
-        arena = Arena(1, (buffer_bytes,), torch.uint8, name="measuring", nodes=topology.limits.nodes)
-        arena.bind([0], node.id)
+        arena = Arena(most, (_PIECE_BYTES,), torch.uint8, name="measuring", nodes=topology.limits.nodes)
+        while num_pieces < most and (num_pieces == 0 or time.perf_counter() - begin < seconds / 3):
+            arena.bind([num_pieces], node.id)
+            num_pieces += 1
     except (OSError, PlacementError) as error:
-        return NodeMeasurement(node.id, cpus, (), 0.0, 0, f"node {node.id}: {error}")
-    latency = _cpu.chase(arena.address, buffer_bytes, min(_READS, buffer_bytes // 64))
+        return NodeMeasurement(node.id, cpus, (), 0.0, 0, problem=f"node {node.id}: {error}")
+    buffer = arena.pages[:num_pieces]
+    begin, worked = time.perf_counter(), time.thread_time()
+    latency = _cpu.chase(buffer.data_ptr(), buffer.nbytes, _READS)
+    share = min(1.0, (time.thread_time() - worked) / (time.perf_counter() - begin))
     bandwidth: dict[int, float] = {}
     for count in _counts(len(cpus)):
         if bandwidth and time.perf_counter() + _SECONDS_PER_COUNT > end:
@@ -133,14 +149,28 @@ def _measure_node(topology: Topology, node: Node, seconds: float) -> NodeMeasure
         os.sched_setaffinity(0, cpus[:1])
         with AttentionPool(count, cpus=cpus[:count], nodes=[node.id] * count) as pool:
             bandwidth[count] = _read_bandwidth(
-                pool, arena, min(_SECONDS_PER_COUNT, end - time.perf_counter())
+                pool, buffer, min(_SECONDS_PER_COUNT, end - time.perf_counter())
             )
-    return NodeMeasurement(node.id, cpus, tuple(sorted(bandwidth.items())), latency, buffer_bytes)
+    return NodeMeasurement(node.id, cpus, tuple(sorted(bandwidth.items())), latency, buffer.nbytes, share)
 
 
-def _read_bandwidth(pool: AttentionPool, arena: Arena, seconds: float) -> float:
+def _shared_cache_bytes(cpus: Sequence[int], root: Path = CPUS) -> int:
+    """Of the caches that cores share, together; 0 where the system does not say."""
+    sizes: dict[str, int] = {}
+    for cpu in cpus:
+        folder = root / f"cpu{cpu}/cache/index3"
+        try:
+            sizes[(folder / "shared_cpu_list").read_text()] = int(
+                (folder / "size").read_text().strip().rstrip("K")
+            )
+        except (OSError, ValueError):
+            continue
+    return 1024 * sum(sizes.values())
+
+
+def _read_bandwidth(pool: AttentionPool, buffer: Tensor, seconds: float) -> float:
     """Bytes a second of the best pass of at least one: whatever disturbs a pass only makes it slower."""
-    buffer, best = arena.pages[0], float("inf")
+    best = float("inf")
     end = time.perf_counter() + seconds
     while True:
         begin = time.perf_counter()

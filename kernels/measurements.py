@@ -17,6 +17,7 @@ class NodeMeasurement:
             nothing could be measured.
         latency_s: of a read that the next one waits for, in no cache, address translation included.
         buffer_bytes: that were read through.
+        cpu_share: of the time in which latency was measured, the part that the thread had its CPU; 1: undisturbed.
         problem: why there are no figures; else empty.
     """
 
@@ -25,7 +26,12 @@ class NodeMeasurement:
     read_bandwidth: tuple[tuple[int, float], ...]
     latency_s: float
     buffer_bytes: int
+    cpu_share: float = 1.0
     problem: str = ""
+
+    @property
+    def was_disturbed(self) -> bool:
+        return self.cpu_share < 0.9
 
     @property
     def best_bandwidth(self) -> float:

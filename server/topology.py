@@ -36,37 +36,29 @@ def topology(*, as_json: bool, refresh: bool, measured: bool, tiers: list[str] |
         f" and memory of nodes {format_list(found.limits.nodes)}",
         highlight=False,
     )
-    console.print(nodes_table(found, measurements))
+    console.print(nodes_table(found))
+    console.print(speed_table(found, measurements))
     if found.cxl_devices:
         console.print(cxl_table(found))
     for line in facts(found):
         console.print(line, highlight=False)
     problems = [node.problem for node in measurements.nodes if node.problem]
+    problems += [
+        f"node {node.node} was measured while other work ran on its CPUs; measure again when they are idle (--refresh)"
+        for node in measurements.nodes
+        if node.was_disturbed
+    ]
     for warning in (*found.warnings, *problems):
         console.print(f"[yellow]warning:[/] {warning}", highlight=False)
     return 0
 
 
-def nodes_table(found: Topology, measurements: Measurements) -> Table:
-    """A row for each node: what it is, what it has, what the firmware says, what was measured."""
+def nodes_table(found: Topology) -> Table:
+    """A row for each node: what it has, and what it is taken for."""
     table = Table(title="memory nodes", title_justify="left")
-    table.add_column("node", justify="right")
-    table.add_column("tier")
-    table.add_column("CPUs")
-    table.add_column("memory", justify="right")
-    table.add_column("free", justify="right")
-    table.add_column("distances")
-    table.add_column("kernel tier", justify="right")
-    table.add_column("firmware: read GB/s, ns", justify="right")
-    table.add_column("measured: read GB/s (threads)", justify="right")
-    table.add_column("ns", justify="right")
-    table.add_column("why this tier")
-    by_node = {node.node: node for node in measurements.nodes}
+    for column in ("node", "tier", "CPUs", "memory", "free", "distances", "why this tier"):
+        table.add_column(column, justify="right" if column in ("node", "memory", "free") else "left")
     for node in found.nodes:
-        measured = by_node.get(node.id)
-        bandwidth = _UNTOLD
-        if measured is not None and measured.read_bandwidth:
-            bandwidth = ", ".join(f"{rate / 1e9:.3g} ({count})" for count, rate in measured.read_bandwidth)
         table.add_row(
             str(node.id),
             node.tier if node in found.usable else f"{node.tier}, not used",
@@ -74,11 +66,34 @@ def nodes_table(found: Topology, measurements: Measurements) -> Table:
             gibibytes(node.total_bytes),
             gibibytes(node.free_bytes),
             " ".join(str(distance) for _, distance in node.distances) or _UNTOLD,
+            node.tier_reason,
+        )
+    return table
+
+
+def speed_table(found: Topology, measurements: Measurements) -> Table:
+    """A row for each node: what the firmware says of it, how the kernel ranks it, what was measured from which CPUs."""
+    table = Table(title="reading them, from the nearest CPUs", title_justify="left")
+    table.add_column("node", justify="right")
+    table.add_column("kernel's rank", justify="right")
+    table.add_column("firmware", justify="right")
+    table.add_column("measured GB/s (threads)")
+    table.add_column("measured ns", justify="right")
+    table.add_column("from CPUs")
+    by_node = {node.node: node for node in measurements.nodes}
+    for node in found.nodes:
+        measured = by_node.get(node.id)
+        bandwidth, latency = _UNTOLD, _UNTOLD
+        if measured is not None and measured.read_bandwidth:
+            bandwidth = ", ".join(f"{rate / 1e9:.3g} ({count})" for count, rate in measured.read_bandwidth)
+            latency = f"{measured.latency_s * 1e9:.0f}"
+        table.add_row(
+            str(node.id),
             str(node.memory_tier or _UNTOLD),
             _firmware(node.access),
             bandwidth,
-            f"{measured.latency_s * 1e9:.0f}" if measured is not None and measured.latency_s else _UNTOLD,
-            node.tier_reason,
+            latency,
+            format_list(found.nearest_cpus(node.id)),
         )
     return table
 
@@ -121,7 +136,7 @@ def facts(found: Topology) -> list[str]:
 def _firmware(access: Access | None) -> str:
     if access is None:
         return _UNTOLD
-    return f"{access.read_bandwidth / 1e9:.3g}, {access.read_latency_s * 1e9:.0f}"
+    return f"{access.read_bandwidth / 1e9:.3g} GB/s, {access.read_latency_s * 1e9:.0f} ns"
 
 
 def _on(value: bool) -> str:

@@ -1,10 +1,12 @@
-"""`make test-numa`: boot a machine with memory that has no CPUs, in QEMU, and run tests on it with the product as installed.
+"""`make test-numa`: boot a machine with CPU-less memory in QEMU, and run tests on it with the whole product.
 
     python tests/numa/boot.py [--keep] [GUEST_SCRIPT ...]
 
-The machine: two DRAM nodes with a CPU each, two nodes without CPUs (one there from the start, one plugged in, so that it can be
-taken offline), and HMAT attributes (`machine.py`). All CPUs are emulated (TCG): what is measured inside says nothing of any real
-machine. Kernel and QEMU come from Debian's packages; where they cannot be had, it says so and ends with status 0.
+The machine: two DRAM nodes with a CPU each, two nodes without CPUs (one there from the start, one plugged in, so that
+it can be taken offline), and HMAT attributes (`machine.py`). All CPUs are emulated (TCG): what is measured inside says
+nothing of any real machine. Kernel and QEMU come from Debian's packages; where they cannot be had, it says so and ends
+with status 0.
+
 Scripts of this folder named guest_*.py run in order; the exit status is 0 if all end with 0.
 """
 
@@ -87,7 +89,7 @@ def _qemu() -> str:
 
 
 def _kernel_and_busybox() -> tuple[Path, Path]:
-    """A folder with `vmlinuz` and `lib/modules`, and a static busybox; unpacked from Debian's packages, not installed."""
+    """A folder with `vmlinuz` and `lib/modules`, and a static busybox: Debian's packages, unpacked, not installed."""
     kernel, busybox = CACHE / "kernel", CACHE / "busybox"
     if not (kernel / "vmlinuz").exists():
         package = next((name for package in KERNELS for name in _dependency(package)), None)

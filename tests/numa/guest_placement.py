@@ -1,5 +1,7 @@
 """In the guest: what is detected is what was passed to QEMU, and pages lie where they were bound, whatever happens."""
 
+import contextlib
+import ctypes
 import os
 import re
 import threading
@@ -58,9 +60,8 @@ def nodes_and_attributes_are_those_of_the_machine() -> str:
         assert round(told.read_latency_s * 1e9) == round(told.write_latency_s * 1e9) == near.latency_ns, node
         assert node.tier == ("dram" if given.has_cpu else "cxl"), node
         assert topology.nearest_cpus(node.id) == topology.node(given.near).cpus, node
-        seen.append(
-            f"{node.id} {node.tier} {near.bandwidth_mb / 1000:g} GB/s {near.latency_ns} ns kernel tier {node.memory_tier}"
-        )
+        speed = f"{near.bandwidth_mb / 1000:g} GB/s {near.latency_ns} ns"
+        seen.append(f"{node.id} {node.tier} {speed} kernel tier {node.memory_tier}")
     assert [node.id for node in topology.usable] == [0, 1, 2, 3]
     assert read_topology(tiers={2: "none", 3: "dram"}).node(3).tier == "dram"
     assert [node.id for node in read_topology(tiers={2: "none"}).usable] == [0, 1, 3]
@@ -258,8 +259,6 @@ def group(name: str, **values: str) -> Path:
 
 
 def mount_cgroups(root: Path) -> bool:
-    import ctypes
-
     return ctypes.CDLL(None, use_errno=True).mount(b"c", str(root).encode(), b"cgroup2", 0, None) == 0
 
 
@@ -297,10 +296,9 @@ def the_kernel_demotes_what_is_not_locked_and_leaves_what_is() -> str:
         for pages in (loose, locked):
             pages.bind(range(32), 0)
             pages.pages.fill_(3)
-        try:
+        # Where it frees less than it was asked to, writing fails; it may all the same have moved what it could.
+        with contextlib.suppress(BlockingIOError):
             (folder / "memory.reclaim").write_text("64M")
-        except OSError as error:
-            assert error.errno == 11  # EAGAIN: less was reclaimed than asked for
         found = loose.node_bytes()
         assert locked.node_bytes() == {0: 64 * MIB}, locked.node_bytes()
         assert sum(found.values()) == 64 * MIB, found
@@ -341,10 +339,12 @@ def a_node_taken_offline_is_an_error_and_its_pages_survive() -> str:
         (block / "state").write_text("online_movable")
     pages.migrate(range(16), 3)
     assert pages.node_bytes() == {3: 32 * MIB}
-    return f"{len(blocks)} blocks offline, pages went to {where}; «{told[0]}»; «{messages[0]}»; online again, moved back"
+    quoted = f"«{told[0]}»; «{messages[0]}»"
+    return f"{len(blocks)} blocks offline, pages went to {where}; {quoted}; online again, moved back"
 
 
 if __name__ == "__main__":
+    torch.set_num_threads(1)  # OpenMP's threads do not live on in the children that some checks fork
     checks.run(
         [
             nodes_and_attributes_are_those_of_the_machine,
