@@ -289,7 +289,7 @@ def stride_bytes(piece_bytes: int) -> int:
 def stripe(num_pages: int, weights: Mapping[int, int]) -> tuple[int, ...]:
     """A node for each page, so that any run of pages is spread over nodes in proportion to `weights`."""
     total = sum(weights.values())
-    if total <= 0 or min(weights.values()) < 0:
+    if total <= 0 or any(weight < 0 for weight in weights.values()):
         raise ValueError(f"weights must not be negative, and one of them more than 0: {dict(weights)}")
     owed = dict.fromkeys(sorted(weights), 0)
     nodes: list[int] = []

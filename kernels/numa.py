@@ -236,8 +236,8 @@ def format_list(numbers: Iterable[int]) -> str:
 
 
 def gibibytes(num_bytes: float) -> str:
-    """For people: three digits and the unit."""
-    return f"{num_bytes / (1 << 30):.3g} GiB" if num_bytes >= 1 << 30 else f"{num_bytes / (1 << 20):.3g} MiB"
+    """For people: four digits and the unit."""
+    return f"{num_bytes / (1 << 30):.4g} GiB" if num_bytes >= 1 << 30 else f"{num_bytes / (1 << 20):.4g} MiB"
 
 
 def _node(folder: Path, memory_tiers: Mapping[int, int], regions: Mapping[int, tuple[str, ...]]) -> Node:
