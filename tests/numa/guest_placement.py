@@ -16,7 +16,7 @@ from machine import NODES, access
 from hybridgen.kernels.arena import Arena, stripe
 from hybridgen.kernels.measure import measure
 from hybridgen.kernels.memory import NodeFull, NodeUnavailable
-from hybridgen.kernels.numa import free_bytes, read_topology
+from hybridgen.kernels.numa import read_topology
 
 PIECE = (1 << 20,)  # of two-byte elements: 2 MiB
 WEIGHTS = Path("/sys/kernel/mm/mempolicy/weighted_interleave")
@@ -192,18 +192,18 @@ def a_full_node_is_an_error_with_numbers_and_nothing_is_lost() -> str:
 
 def files_in_the_way_are_dropped_for_pages() -> str:
     """A node full of cached files is not full."""
-    name = Path("/root/cached")
-    before = free_bytes(0)
-    os.sched_setaffinity(0, {0})
-    with name.open("wb") as file:
-        for _ in range(40):
-            file.write(bytes(MIB))
-    os.sync()
-    cached = read_topology().node(0).cached_bytes
-    name.unlink()
+    os.sched_setaffinity(0, {1})  # what this CPU reads is cached on its node
+    with open("/dev/vda", "rb", buffering=0) as disk:
+        while disk.read(MIB):
+            pass
     os.sched_setaffinity(0, {0, 1})
-    assert cached > 30 * MIB
-    return f"node 0 had {before // MIB} MiB free, and {cached // MIB} MiB of cached files count as to be had"
+    before = read_topology().node(1)
+    num_pages = (before.free_bytes + before.cached_bytes // 2) // (2 * MIB)
+    pages = arena(num_pages, "in place of files")
+    pages.bind(range(num_pages), 1)
+    assert pages.node_bytes() == {1: num_pages * 2 * MIB}
+    free, cached = before.free_bytes // MIB, before.cached_bytes // MIB
+    return f"{free} MiB free and {cached} MiB of cached files gave {num_pages * 2} MiB of pages"
 
 
 def interleaving_follows_the_weights_of_the_system() -> str:
