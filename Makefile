@@ -12,7 +12,7 @@ CMAKE ?= $(firstword $(wildcard $(BIN)/cmake) $(shell command -v cmake))
 # What the sanitizers are after needs luck: each runs the test again and again for so long.
 SANITIZE_SECONDS ?= 10
 
-.PHONY: serve test test-wheel sanitize check format wheel clean distclean help
+.PHONY: serve test test-numa test-wheel sanitize check format wheel clean distclean help
 
 help:
 	@echo "make serve [ARGS='--port 8001 ...']  serve the embedded model on 127.0.0.1:8000"
@@ -20,6 +20,7 @@ help:
 	@echo "make check                           ruff, mypy, pyright"
 	@echo "make format                          rewrite the sources as ruff formats them"
 	@echo "make sanitize                        the C++ tests of pool and attention under two sanitizers"
+	@echo "make test-numa                       memory placement, in a QEMU guest with CPU-less nodes"
 	@echo "make test-wheel                      build the wheel, serve from a fresh environment"
 	@echo "make wheel                           sdist and wheel in dist/"
 
@@ -49,6 +50,9 @@ check: $(VENV)/.installed-dev
 format: $(VENV)/.installed-dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+test-numa: $(VENV)/.installed-dev
+	$(BIN)/python tests/numa/boot.py
 
 wheel: $(VENV)/.installed-dev
 	$(BIN)/python -m build

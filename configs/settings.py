@@ -13,7 +13,7 @@ import ssl
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args, get_origin
+from typing import Annotated, Any, Literal, cast, get_args, get_origin
 
 import annotated_types
 import msgspec
@@ -81,7 +81,26 @@ def _parse_names(value: object) -> object:
     return _split(value) if isinstance(value, str) else value
 
 
+def _parse_memory_tiers(value: object) -> object:
+    """ "2=cxl,3=dram", alone or as one of several arguments, to {2: "cxl", 3: "dram"}."""
+    if isinstance(value, str):
+        value = [value]
+    if not isinstance(value, list | tuple):
+        return value
+    tiers: dict[int, str] = {}
+    for item in (item for text in cast(Sequence[object], value) for item in _split(str(text))):
+        match = re.fullmatch(r"(\d+)\s*=\s*(dram|cxl|none)", item)
+        if match is None:
+            raise ValueError(f"write NODE=dram, NODE=cxl or NODE=none, got {item!r}")
+        node = int(match[1])
+        if tiers.setdefault(node, match[2]) != match[2]:
+            raise ValueError(f"node {node} is named twice: {tiers[node]} and {match[2]}")
+    return tiers
+
+
+MemoryTier = Literal["dram", "cxl", "none"]
 Count = Annotated[int, BeforeValidator(parse_count)]
+MemoryTiers = Annotated[dict[int, MemoryTier], NoDecode, BeforeValidator(_parse_memory_tiers)]
 Names = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_parse_names)]
 
 
@@ -314,6 +333,14 @@ class Settings(BaseSettings):
         "published, takes the foretold queries for the true ones. Of no use to `exact`.",
         default=False,
     )
+    memory_tiers: MemoryTiers = _setting(
+        "KV cache",
+        "What NUMA nodes are, where `hybridgen topology` takes them for something else: `dram`, `cxl`, or `none` for "
+        "memory that is to hold no KV. For example 2=cxl,3=none.",
+        default_factory=dict,
+        default_text="as detected",
+        metavar="NODE=TIER",
+    )
     enable_prefix_caching: bool = _setting(
         "KV cache",
         "Keep the KV of finished requests and reuse it for prompts that begin alike.",
@@ -533,31 +560,39 @@ def engine_settings(settings: Settings) -> EngineSettings:
 def allowed_cpus() -> int:
     """CPUs that this process may keep busy: its affinity, lowered to its cgroup's quota, at least 1."""
     allowed = len(os.sched_getaffinity(0))
-    for quota in _cgroup_quotas():
+    for quota in cgroup_cpu_quotas():
         allowed = min(allowed, max(1, math.ceil(quota)))
     return allowed
 
 
-def _cgroup_quotas(
+def cgroup_cpu_quotas(
     root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")
 ) -> Iterator[float]:
-    """CPUs granted by each cgroup (version 2) from this process's own up to the root; those without a limit
-    give nothing."""
+    """CPUs granted by each cgroup from this process's own up to the root; those without a limit give nothing."""
     try:
         lines = own.read_text().splitlines()
     except OSError:
         return
-    inside = next((line.removeprefix("0::").lstrip("/") for line in lines if line.startswith("0::")), "")
-    folder = root / inside
-    for ancestor in (folder, *folder.parents):
-        try:
-            quota, period = (ancestor / "cpu.max").read_text().split()
-        except (OSError, ValueError):
+    for line in lines:
+        number, controllers, inside = line.split(":", 2)
+        if number == "0":  # version 2
+            top, files = root, ["cpu.max"]
+        elif "cpu" in controllers.split(","):
+            top, files = root / controllers, ["cpu.cfs_quota_us", "cpu.cfs_period_us"]
+            top = top if top.is_dir() else root / "cpu"
+        else:
             continue
-        if quota != "max":
-            yield int(quota) / int(period)
-        if ancestor == root:
-            return
+        folder = top / inside.lstrip("/")
+        for ancestor in (folder, *folder.parents):
+            try:
+                quota, period = " ".join((ancestor / file).read_text() for file in files).split()
+            except (OSError, ValueError):
+                pass
+            else:
+                if quota not in ("max", "-1"):
+                    yield int(quota) / int(period)
+            if ancestor == top:
+                break
 
 
 def api_keys(settings: Settings) -> tuple[str, ...]:
@@ -662,7 +697,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             options["action"] = argparse.BooleanOptionalAction
         else:
             options["metavar"] = about["metavar"] or _metavar(name, kind)
-        if get_origin(kind) is tuple:
+        if get_origin(kind) in (tuple, dict):
             options["nargs"] = "+"
         groups[title].add_argument(*flags(name), **options)
 
@@ -785,7 +820,7 @@ def _values(field: FieldInfo) -> str:
         return ", ".join(f"`{choice}`" for choice in get_args(kind))
     if kind is bool:
         return "on, off"
-    if get_origin(kind) is tuple:
+    if get_origin(kind) in (tuple, dict):
         return "one or more"
     words = {int: "number", float: "number", str: "text", Path: "file"}[kind]
     bounds = []

@@ -122,6 +122,8 @@ class Job(Protocol):
 
     def is_done(self) -> bool: ...
 
+    def ended_ns(self) -> int: ...
+
 
 class Ticket:
     """Attention that was submitted. It holds its tensors until it is done; dropped, it waits."""
@@ -136,6 +138,10 @@ class Ticket:
 
     def is_done(self) -> bool:
         return self._handle.is_done()
+
+    def ended_s(self) -> float | None:
+        """When the pool was done, as time.perf_counter counts; None if it ran in the caller. After `wait`."""
+        return self._handle.ended_ns() * 1e-9 or None
 
     def wait(self) -> tuple[Tensor, Tensor]:
         """Help until it is done: (out, lse) as `AttentionStep.attend` returns them with `return_lse`."""

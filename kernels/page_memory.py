@@ -59,13 +59,21 @@ class PageMemory:
         self.tokens: npt.NDArray[np.float32] = self._heat[1]
         self.num_pages = num_pages
         self.num_nodes = len(speeds)
-        self.handle = _cpu.Memory(
+        self.handle = _cpu.PageMemory(
             num_pages,
             self.labels.ctypes.data,
             self._heat.ctypes.data,
             [speed.bandwidth for speed in speeds],
             [speed.latency_s for speed in speeds],
         )
+
+    def set_speed(self, node: int, speed: NodeSpeed) -> None:
+        """Let a node be as slow as this from now on. Not while attention is in flight.
+
+        Raises:
+            ValueError: there is no such node, or the speed is negative.
+        """
+        self.handle.set_speed(node, speed.bandwidth, speed.latency_s)
 
     def take_reads(self) -> NodeReads:
         """Of each node since the last call; any time."""

@@ -4,11 +4,9 @@ Knows nothing of attention. In csrc/, `pool.h` has the threads and the jobs that
 """
 
 import os
-from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
-from pathlib import Path
 from types import TracebackType
 from typing import NamedTuple, Self
 
@@ -18,9 +16,7 @@ from torch import Tensor
 from hybridgen.configs.settings import allowed_cpus
 from hybridgen.kernels import _cpu
 from hybridgen.kernels.isa import select_isa
-
-NODES = Path("/sys/devices/system/node")
-CPUS = Path("/sys/devices/system/cpu")
+from hybridgen.kernels.numa import cores, node_of_cpus
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,13 +70,13 @@ class AttentionPool:
         nodes: Sequence[int] | None = None,
         isa: str | None = None,
     ) -> None:
-        node_of = _nodes()
+        node_of = node_of_cpus()
         if cpus is None:
             if nodes is not None:
                 raise ValueError("nodes are given for given CPUs")
-            cores = _cores(os.sched_getaffinity(0), node_of)
-            cpus = [cpu for core in zip_longest(*cores) for cpu in core if cpu is not None]
-            default_threads = min(len(cores), allowed_cpus())
+            by_core = cores(os.sched_getaffinity(0), node_of)
+            cpus = [cpu for core in zip_longest(*by_core) for cpu in core if cpu is not None]
+            default_threads = min(len(by_core), allowed_cpus())
         else:
             default_threads = len(cpus)
         if not cpus:
@@ -158,39 +154,3 @@ class AttentionPool:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
-
-
-def _cores(allowed: Iterable[int], node_of: dict[int, int], root: Path = CPUS) -> list[list[int]]:
-    """The allowed CPUs of each core that has any, cores of different NUMA nodes taking turns."""
-    cores: dict[tuple[int, int], list[int]] = defaultdict(list)
-    for cpu in sorted(allowed):
-        try:
-            first = min(_cpu_list((root / f"cpu{cpu}/topology/thread_siblings_list").read_text()))
-        except (OSError, ValueError):
-            first = cpu
-        cores[node_of.get(cpu, 0), first].append(cpu)
-    by_node: dict[int, list[list[int]]] = defaultdict(list)
-    for (node, _), core in sorted(cores.items()):
-        by_node[node].append(core)
-    return [core for turn in zip_longest(*by_node.values()) for core in turn if core is not None]
-
-
-def _nodes(root: Path = NODES) -> dict[int, int]:
-    """The NUMA node of each CPU; empty where the system does not say."""
-    node_of = {}
-    for folder in root.glob("node[0-9]*"):
-        try:
-            cpus = _cpu_list((folder / "cpulist").read_text())
-        except (OSError, ValueError):
-            continue
-        node_of.update(dict.fromkeys(cpus, int(folder.name.removeprefix("node"))))
-    return node_of
-
-
-def _cpu_list(text: str) -> list[int]:
-    """The kernel's lists of CPUs: "0-3,8" is 0, 1, 2, 3, 8."""
-    cpus: list[int] = []
-    for part in filter(None, text.strip().split(",")):
-        first, _, last = part.partition("-")
-        cpus += range(int(first), int(last or first) + 1)
-    return cpus

@@ -54,6 +54,23 @@ def _parser() -> argparse.ArgumentParser:
     chat.add_argument("--temperature", type=float, metavar="T", help="0 always takes the likeliest token")
     chat.set_defaults(run=_chat)
 
+    topology = commands.add_parser(
+        "topology", help="show this machine's memory nodes, measured", allow_abbrev=False
+    )
+    topology.description = (
+        "Show the memory nodes that KV may lie on: what the kernel says, and what was measured."
+    )
+    topology.add_argument("--json", action="store_true", help="everything that is known, as JSON")
+    topology.add_argument("--refresh", action="store_true", help="measure again, whatever was kept")
+    topology.add_argument("--no-measure", action="store_true", help="only what the kernel says")
+    topology.add_argument(
+        "--memory-tiers",
+        nargs="+",
+        metavar="NODE=TIER",
+        help="what nodes are: dram, cxl or none (default: as detected, or HYBRIDGEN_MEMORY_TIERS)",
+    )
+    topology.set_defaults(run=_topology)
+
     bench = commands.add_parser("bench", help="measure a server", allow_abbrev=False)
     kinds = bench.add_subparsers(metavar="KIND", required=True)
     load = kinds.add_parser(
@@ -181,6 +198,17 @@ def _bench_serve(arguments: argparse.Namespace) -> int:
         temperature=arguments.temperature,
     )
     return bench_serve(load, api_key=arguments.api_key, save_result=arguments.save_result)
+
+
+def _topology(arguments: argparse.Namespace) -> int:
+    from hybridgen.server.topology import topology
+
+    return topology(
+        as_json=arguments.json,
+        refresh=arguments.refresh,
+        measured=not arguments.no_measure,
+        tiers=arguments.memory_tiers,
+    )
 
 
 def _refuse(command: str, error: Exception, status: int) -> int:

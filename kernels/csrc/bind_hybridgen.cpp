@@ -63,7 +63,8 @@ void bind_hybridgen(nb::module_& m) {
 
   nb::class_<HybridGenStep::Attend>(m, "HybridGenAttend")
       .def("wait", &HybridGenStep::Attend::wait, nb::call_guard<nb::gil_scoped_release>())
-      .def("is_done", &HybridGenStep::Attend::is_done);
+      .def("is_done", &HybridGenStep::Attend::is_done)
+      .def("ended_ns", &HybridGenStep::Attend::ended_ns);
 }
 
 }  // namespace hybridgen

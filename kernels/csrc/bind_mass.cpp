@@ -196,7 +196,8 @@ void bind_mass(nb::module_& m) {
   nb::class_<MassStep::Foretelling>(m, "MassForetelling").def("is_done", &MassStep::Foretelling::is_done);
   nb::class_<MassStep::Attend>(m, "MassAttend")
       .def("wait", &MassStep::Attend::wait, nb::call_guard<nb::gil_scoped_release>())
-      .def("is_done", &MassStep::Attend::is_done);
+      .def("is_done", &MassStep::Attend::is_done)
+      .def("ended_ns", &MassStep::Attend::ended_ns);
 }
 
 }  // namespace hybridgen

@@ -94,6 +94,7 @@ class HybridGenStep::Attend final : public Job {  // one layer's attention in fl
   ~Attend() override;
   void wait() noexcept { step_.step_.pool_.wait(ticket_); }
   bool is_done() const { return step_.step_.pool_.is_done(ticket_); }
+  int64_t ended_ns() const { return step_.step_.pool_.ended_ns(ticket_); }
 
   void begin_phase(int32_t phase, int32_t* num_items) override;
   void run_item(int32_t phase, int32_t group, int32_t item, Worker& worker) override;

@@ -115,6 +115,7 @@ class MassStep::Work : public Job {  // on pairs of sequences and KV heads
   ~Work() override;
   void wait() noexcept { step_.step_.pool_.wait(ticket_); }
   bool is_done() const { return step_.step_.pool_.is_done(ticket_); }
+  int64_t ended_ns() const { return step_.step_.pool_.ended_ns(ticket_); }
   int64_t scratch_bytes() const override { return step_.scratch_bytes_; }
   int32_t layer() const override { return queries_.layer; }
 

@@ -1,73 +1,86 @@
 #include "memory.h"
 
-#include <algorithm>
-#include <stdexcept>
-#include <string>
+#include <sys/mman.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#include <cerrno>
+#include <chrono>
+#include <random>
 #include <utility>
 
-#include "stats.h"
+#ifdef HYBRIDGEN_X86_64
+#include <immintrin.h>
+#endif
 
 namespace hybridgen {
+namespace {
 
-Memory::Memory(int32_t num_pages, const uint8_t* labels, float* heat, std::vector<NodeSpeed> speeds)
-    : num_pages_(num_pages),
-      labels_(labels),
-      heat_(heat),
-      speeds_(std::move(speeds)),
-      nodes_(std::make_unique<Node[]>(speeds_.size())) {
-  if (speeds_.empty() || speeds_.size() > kMaxNodes) {
-    throw std::invalid_argument(std::to_string(speeds_.size()) + " memory nodes; there must be 1 to " +
-                                std::to_string(kMaxNodes));
+constexpr unsigned kMoveOwn = 1 << 1;      // MPOL_MF_MOVE, of <linux/mempolicy.h>
+constexpr unsigned kLockOnFault = 1;       // MLOCK_ONFAULT, of <linux/mman.h>
+constexpr int64_t kLine = 64;
+constexpr int kMaskBits = 8 * sizeof(unsigned long);
+
+int result(long answer) { return answer < 0 ? errno : 0; }
+
+}  // namespace
+
+int set_policy(uintptr_t address, int64_t bytes, int mode, const std::vector<int32_t>& nodes) {
+  std::vector<unsigned long> mask;
+  for (const int32_t node : nodes) {
+    if (node < 0) return EINVAL;
+    const auto word = static_cast<size_t>(node / kMaskBits);
+    if (word >= mask.size()) mask.resize(word + 1);
+    mask[word] |= 1UL << (node % kMaskBits);
   }
-  for (const NodeSpeed& speed : speeds_) {
-    if (!(speed.bytes_per_ns >= 0) || !(speed.latency_ns >= 0)) {
-      throw std::invalid_argument("a memory node's bandwidth and latency must not be negative");
-    }
-    emulates_ |= speed.bytes_per_ns > 0 || speed.latency_ns > 0;
-  }
+  // The kernel reads one bit less than it is told of.
+  const unsigned long max_node = mask.empty() ? 0 : mask.size() * kMaskBits + 1;
+  return result(syscall(SYS_mbind, address, bytes, mode, mask.empty() ? nullptr : mask.data(), max_node, 0U));
 }
 
-Memory::Counts Memory::take() {
-  Counts counts;
-  for (int32_t i = 0; i < num_nodes(); ++i) {
-    counts.bytes.push_back(nodes_[i].bytes.exchange(0, std::memory_order_relaxed));
-    counts.delayed_ns.push_back(nodes_[i].delayed_ns.exchange(0, std::memory_order_relaxed));
+int move_pages(const uintptr_t* addresses, int64_t count, const int32_t* nodes, int32_t* status, int64_t* num_left) {
+  const long answer = syscall(SYS_move_pages, 0, count, addresses, nodes, status, kMoveOwn);
+  *num_left = answer > 0 ? answer : 0;
+  return result(answer);
+}
+
+int advise(uintptr_t address, int64_t bytes, int advice) {
+  return result(madvise(reinterpret_cast<void*>(address), static_cast<size_t>(bytes), advice));
+}
+
+int lock_on_fault(uintptr_t address, int64_t bytes) {
+  return result(syscall(SYS_mlock2, address, bytes, kLockOnFault));
+}
+
+int unlock(uintptr_t address, int64_t bytes) {
+  return result(munlock(reinterpret_cast<void*>(address), static_cast<size_t>(bytes)));
+}
+
+double chase(uintptr_t address, int64_t bytes, int64_t num_reads) {
+  if (num_reads < 2 || bytes / kLine < num_reads) return 0;
+  const int64_t lines_per_part = bytes / kLine / num_reads;
+  std::mt19937_64 random(0);
+  std::vector<void**> lines(static_cast<size_t>(num_reads));
+  for (int64_t part = 0; part < num_reads; ++part) {
+    const int64_t line = part * lines_per_part + static_cast<int64_t>(random() % static_cast<uint64_t>(lines_per_part));
+    lines[static_cast<size_t>(part)] = reinterpret_cast<void**>(address + static_cast<uintptr_t>(line * kLine));
   }
-  return counts;
-}
-
-Reading::Reading(Memory* memory) : memory_(memory) {
-  if (memory == nullptr) return;
-  std::fill_n(bytes_, memory->num_nodes(), int64_t{0});
-  if (memory->emulates_) begin_ns_ = now_ns();
-}
-
-Reading::~Reading() {
-  if (memory_ == nullptr) return;
-  for (int32_t i = 0; i < memory_->num_nodes(); ++i) {
-    if (bytes_[i] == 0) continue;
-    Memory::Node& node = memory_->nodes_[i];
-    const NodeSpeed& speed = memory_->speeds_[i];
-    node.bytes.fetch_add(bytes_[i], std::memory_order_relaxed);
-    if (speed.bytes_per_ns <= 0 && speed.latency_ns <= 0) continue;
-    int64_t end_ns = begin_ns_;
-    if (speed.bytes_per_ns > 0) {
-      const auto takes_ns = static_cast<int64_t>(static_cast<double>(bytes_[i]) / speed.bytes_per_ns);
-      int64_t free_ns = node.free_ns.load(std::memory_order_relaxed);
-      do {
-        end_ns = std::max(free_ns, begin_ns_) + takes_ns;
-      } while (!node.free_ns.compare_exchange_weak(free_ns, end_ns, std::memory_order_relaxed));
-    }
-    end_ns += static_cast<int64_t>(speed.latency_ns);
-    const int64_t now = now_ns();
-    if (end_ns <= now) continue;
-    while (now_ns() < end_ns) {
+  for (size_t last = lines.size() - 1; last > 0; --last) std::swap(lines[last], lines[random() % (last + 1)]);
+  for (size_t i = 0; i < lines.size(); ++i) *lines[i] = lines[(i + 1) % lines.size()];
 #ifdef HYBRIDGEN_X86_64
-      __builtin_ia32_pause();
+  for (void** const line : lines) _mm_clflush(line);
+  _mm_mfence();
+#else
+  // What the reads below would find in a cache is pushed out by writing the whole buffer around it.
+  for (int64_t at = 8; at < bytes; at += kLine) *reinterpret_cast<volatile char*>(address + static_cast<uintptr_t>(at)) = 1;
 #endif
-    }
-    node.delayed_ns.fetch_add(end_ns - now, std::memory_order_relaxed);
-  }
+  void** volatile at = lines[0];
+  void** line = at;
+  const auto begin = std::chrono::steady_clock::now();
+  for (int64_t read = 0; read < num_reads; ++read) line = static_cast<void**>(*line);
+  at = line;  // so that the reads are not left out
+  const std::chrono::duration<double> time = std::chrono::steady_clock::now() - begin;
+  return time.count() / static_cast<double>(num_reads);
 }
 
 }  // namespace hybridgen

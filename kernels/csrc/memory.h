@@ -1,83 +1,28 @@
-// Where a tier's pages lie, what is read of them, and memory nodes that are slower than they are. Labels come from
-// outside and do not change while work is in flight; reading is counted here.
+// The kernel's calls on where memory lies, without libnuma, and the time of one dependent read.
 #pragma once
 
-#include <atomic>
 #include <cstdint>
-#include <memory>
 #include <vector>
 
 namespace hybridgen {
 
-enum class Role : int32_t { index, v_sums, k, v };  // what of a page is read; the order of `labels`
-constexpr int32_t kNumRoles = 4;
+// All return 0 or the errno; none throws. Addresses are multiples of the system's page.
 
-struct NodeSpeed {        // of a node that is emulated; zeros: as fast as it is
-  double bytes_per_ns = 0;
-  double latency_ns = 0;  // added to every item that reads of the node
-};
+// mbind(2): `mode` is one of the MPOL_* numbers; `nodes` may be empty where the mode allows it.
+int set_policy(uintptr_t address, int64_t bytes, int mode, const std::vector<int32_t>& nodes);
 
-class Memory {
- public:
-  static constexpr int32_t kMaxNodes = 32;
+// move_pages(2) on this process. `nodes` null: asks only. A status is a node, or a negative errno: -ENOENT where
+// nothing was ever written. `num_left` is how many pages the kernel says it gave up on, whose statuses it leaves alone.
+int move_pages(const uintptr_t* addresses, int64_t count, const int32_t* nodes, int32_t* status, int64_t* num_left);
 
-  // labels: [kNumRoles, num_pages]  the number of the node that a page's role lies on, below speeds.size()
-  // heat: [2, num_pages] or null  added to by what reads pages: softmax mass, averaged over the query heads of a KV head
-  // and counted once for each layer and KV head; tokens whose K or V was read, likewise.
-  // Both outlive this. Throws std::invalid_argument for more nodes than kMaxNodes, or none.
-  Memory(int32_t num_pages, const uint8_t* labels, float* heat, std::vector<NodeSpeed> speeds);
+int advise(uintptr_t address, int64_t bytes, int advice);
 
-  int32_t num_nodes() const { return static_cast<int32_t>(speeds_.size()); }
-  int32_t node(Role role, int32_t page) const {
-    return labels_[static_cast<int64_t>(role) * num_pages_ + page];
-  }
-  bool has_heat() const { return heat_ != nullptr; }
-  void heat(int32_t page, float mass, float tokens) {
-    std::atomic_ref<float>(heat_[page]).fetch_add(mass, std::memory_order_relaxed);
-    std::atomic_ref<float>(heat_[num_pages_ + page]).fetch_add(tokens, std::memory_order_relaxed);
-  }
+// mlock2(2) with MLOCK_ONFAULT: what is there stays, and what comes will, without being made to come.
+int lock_on_fault(uintptr_t address, int64_t bytes);
+int unlock(uintptr_t address, int64_t bytes);
 
-  struct Counts {
-    std::vector<int64_t> bytes;       // [nodes]  read
-    std::vector<int64_t> delayed_ns;  // [nodes]  that items were held up by emulation, summed over threads
-  };
-  Counts take();  // since the last time
-
- private:
-  friend class Reading;
-
-  struct alignas(64) Node {
-    std::atomic<int64_t> bytes{0};
-    std::atomic<int64_t> delayed_ns{0};
-    std::atomic<int64_t> free_ns{0};  // when all that was read of it so far has come, at its emulated rate
-  };
-
-  const int32_t num_pages_;
-  const uint8_t* const labels_;
-  float* const heat_;
-  const std::vector<NodeSpeed> speeds_;
-  const std::unique_ptr<Node[]> nodes_;
-  bool emulates_ = false;
-};
-
-// What one item reads, from its begin to its end. At the end it waits, busy as a thread is that waits for memory, until
-// the emulated nodes would have delivered: a token bucket for each node, shared by all threads.
-class Reading {
- public:
-  explicit Reading(Memory* memory);  // null: counts nothing
-  ~Reading();
-  Reading(const Reading&) = delete;
-  Reading& operator=(const Reading&) = delete;
-
-  bool counts() const { return memory_ != nullptr; }
-  void add(Role role, int32_t page, int64_t bytes) {
-    if (memory_ != nullptr) bytes_[memory_->node(role, page)] += bytes;
-  }
-
- private:
-  Memory* const memory_;
-  int64_t begin_ns_ = 0;
-  int64_t bytes_[Memory::kMaxNodes];
-};
+// Seconds of one read that the next one's address depends on: the mean of `num_reads` over lines in random order, one from
+// each of as many equal parts of the buffer, each read once and none of them in a cache before. Overwrites the buffer.
+double chase(uintptr_t address, int64_t bytes, int64_t num_reads);
 
 }  // namespace hybridgen

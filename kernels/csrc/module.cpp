@@ -12,10 +12,11 @@
 #include "bind_hybridgen.h"
 #include "bind_layer.h"
 #include "bind_mass.h"
+#include "bind_memory.h"
 #include "bind_pool.h"
 #include "isa.h"
 #include "layer.h"
-#include "memory.h"
+#include "page_memory.h"
 #include "page_copy.h"
 #include "pool.h"
 #include "step.h"
@@ -111,21 +112,26 @@ NB_MODULE(_cpu, m) {
 
   bind_pool(m);
   bind_mass(m);
+  bind_memory(m);
   bind_hybridgen(m);
   bind_layer(m);
 
-  nb::class_<Memory>(m, "Memory")
+  nb::class_<PageMemory>(m, "PageMemory")
       .def(
           "__init__",
-          [](Memory* self, int32_t num_pages, uintptr_t labels, uintptr_t heat, const std::vector<double>& bandwidths,
+          [](PageMemory* self, int32_t num_pages, uintptr_t labels, uintptr_t heat, const std::vector<double>& bandwidths,
              const std::vector<double>& latencies) {
             if (bandwidths.size() != latencies.size()) throw std::invalid_argument("one latency for each bandwidth");
             std::vector<NodeSpeed> speeds;
             for (size_t i = 0; i < bandwidths.size(); ++i) speeds.push_back({bandwidths[i] / 1e9, latencies[i] * 1e9});
-            new (self) Memory(num_pages, pointer<uint8_t>(labels), pointer<float>(heat), std::move(speeds));
+            new (self) PageMemory(num_pages, pointer<uint8_t>(labels), pointer<float>(heat), std::move(speeds));
           })
-      .def("take", [](Memory& self) {
-        Memory::Counts counts = self.take();
+      .def("set_speed",
+           [](PageMemory& self, int32_t node, double bandwidth, double latency_s) {
+             self.set_speed(node, {bandwidth / 1e9, latency_s * 1e9});
+           })
+      .def("take", [](PageMemory& self) {
+        PageMemory::Counts counts = self.take();
         return std::make_pair(std::move(counts.bytes), std::move(counts.delayed_ns));
       });
 
@@ -176,7 +182,8 @@ NB_MODULE(_cpu, m) {
 
   nb::class_<Step::Attend>(m, "Attend")
       .def("wait", &Step::Attend::wait, nb::call_guard<nb::gil_scoped_release>())
-      .def("is_done", &Step::Attend::is_done);
+      .def("is_done", &Step::Attend::is_done)
+      .def("ended_ns", &Step::Attend::ended_ns);
 
   m.def(
       "copy_pages",

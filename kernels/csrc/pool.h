@@ -116,6 +116,13 @@ class Pool {
     return ticket.id == 0 || slots_[ticket.id % kMaxJobs].done.load(std::memory_order_acquire) >= ticket.id;
   }
 
+  // When the job's last item was done, as now_ns counts; 0 if that is not known any more, or the job ran alone. After its end.
+  int64_t ended_ns(const Ticket& ticket) const {
+    const Slot& slot = slots_[ticket.id % kMaxJobs];
+    const int64_t end_ns = slot.end_ns.load(std::memory_order_relaxed);
+    return ticket.id != 0 && slot.done.load(std::memory_order_acquire) == ticket.id ? end_ns : 0;
+  }
+
   void run(Job& job, bool alone = false) { wait(enqueue(job, alone, true)); }
 
   // A job of one phase from a function; items are begun last first.

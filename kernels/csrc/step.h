@@ -9,7 +9,7 @@
 
 #include "attend.h"
 #include "index.h"
-#include "memory.h"
+#include "page_memory.h"
 #include "pool.h"
 
 namespace hybridgen {
@@ -42,7 +42,7 @@ class Step {
   }
 
   // Counts what is read of the pages from now on. It outlives the step.
-  void keep_memory(Memory& memory) { memory_ = &memory; }
+  void keep_memory(PageMemory& memory) { memory_ = &memory; }
 
   // k, v: [tokens, num_kv_heads, head_dim] with `stride` elements between tokens.
   void store(int32_t layer, const std::byte* k, int64_t k_stride, const std::byte* v, int64_t v_stride);
@@ -111,7 +111,7 @@ class Step {
   std::byte* const v_pages_;
   Index index_;
   const IndexKernels* index_kernels_ = nullptr;
-  Memory* memory_ = nullptr;
+  PageMemory* memory_ = nullptr;
   const int32_t num_heads_;
   const float scale_;
   std::vector<int32_t> query_begin_;  // [num_seqs + 1]
@@ -134,6 +134,7 @@ class Step::Attend final : public Job {  // one layer's attention in flight
   ~Attend() override;
   void wait() noexcept { step_.pool_.wait(ticket_); }
   bool is_done() const { return step_.pool_.is_done(ticket_); }
+  int64_t ended_ns() const { return step_.pool_.ended_ns(ticket_); }
 
   void begin_phase(int32_t phase, int32_t* num_items) override;
   void run_item(int32_t phase, int32_t group, int32_t item, Worker& worker) override;

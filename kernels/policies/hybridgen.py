@@ -110,6 +110,10 @@ class _ForetoldTicket(Ticket):
     def is_done(self) -> bool:
         return self._others.is_done() and self._foretold.is_done()
 
+    def ended_s(self) -> float | None:
+        ends = [end_s for ticket in (self._others, self._foretold) if (end_s := ticket.ended_s()) is not None]
+        return max(ends, default=None)
+
     def wait(self) -> tuple[Tensor, Tensor]:
         out, lse = self._others.wait()
         out[self._rows], lse[self._rows] = self._foretold.wait()

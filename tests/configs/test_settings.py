@@ -15,10 +15,10 @@ from hybridgen.configs.settings import (
     EngineSettings,
     Settings,
     SettingsError,
-    _cgroup_quotas,
     add_arguments,
     allowed_cpus,
     api_keys,
+    cgroup_cpu_quotas,
     chat_template,
     client_api_key,
     engine_settings,
@@ -255,8 +255,44 @@ def test_cgroup_limits_count_from_the_process_up_to_the_root(tmp_path: Path) -> 
     write(tmp_path / "fs/a/cpu.max", "150000 100000\n")
     write(tmp_path / "fs/cpu.max", "400000 100000\n")
     write(tmp_path / "cpu.max", "1 100000\n")  # outside
-    assert list(_cgroup_quotas(tmp_path / "fs", own)) == [1.5, 4.0]
-    assert list(_cgroup_quotas(tmp_path / "fs", tmp_path / "none")) == []
+    assert list(cgroup_cpu_quotas(tmp_path / "fs", own)) == [1.5, 4.0]
+    assert list(cgroup_cpu_quotas(tmp_path / "fs", tmp_path / "none")) == []
+
+
+def test_cgroups_of_the_first_version_limit_too(tmp_path: Path) -> None:
+    own = tmp_path / "cgroup"
+    own.write_text("4:memory:/a\n3:cpu,cpuacct:/a/b\n0::/\n")
+    (tmp_path / "fs/cpu,cpuacct/a/b").mkdir(parents=True)
+    for folder, quota in (("a/b", "250000"), ("a", "-1")):
+        write(tmp_path / "fs/cpu,cpuacct" / folder / "cpu.cfs_quota_us", quota)
+        write(tmp_path / "fs/cpu,cpuacct" / folder / "cpu.cfs_period_us", "100000")
+    assert list(cgroup_cpu_quotas(tmp_path / "fs", own)) == [2.5]
+
+
+@pytest.mark.parametrize(
+    "given", ["2=cxl,3=none", ["2=cxl", "3=none"], ["2=cxl, 3=none"], ["2=cxl", "3=none", "2=cxl"]]
+)
+def test_memory_tiers_are_given_in_one_piece_or_several(given: object) -> None:
+    assert load_settings({"memory_tiers": given}).memory_tiers == {2: "cxl", 3: "none"}
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ("2=fast", "write NODE=dram, NODE=cxl or NODE=none, got '2=fast'"),
+        ("cxl", "got 'cxl'"),
+        ("-1=cxl", "got '-1=cxl'"),
+        (["2=cxl", "2=dram"], "node 2 is named twice: cxl and dram"),
+    ],
+)
+def test_memory_tiers_that_name_nothing_are_refused(given: object, message: str) -> None:
+    with pytest.raises(SettingsError, match=f"^--memory-tiers: .*{message}"):
+        load_settings({"memory_tiers": given})
+
+
+def test_memory_tiers_come_from_the_environment_with_commas(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HYBRIDGEN_MEMORY_TIERS", "1=cxl,2=dram")
+    assert load_settings({}).memory_tiers == {1: "cxl", 2: "dram"}
 
 
 @pytest.mark.parametrize("name", Settings.model_fields)

@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from hybridgen.configs.settings import allowed_cpus
-from hybridgen.kernels.pool import AttentionPool, _cores, _nodes
+from hybridgen.kernels.numa import cores, node_of_cpus
+from hybridgen.kernels.pool import AttentionPool
 
 ROOT = Path(__file__).resolve().parents[2]
 CSRC = ROOT / "kernels" / "csrc"
@@ -31,7 +32,7 @@ def test_the_pool_passes_its_own_test(tmp_path: Path) -> None:
 
 def test_threads_are_one_per_core_within_the_quota_by_default() -> None:
     with AttentionPool() as pool:
-        assert pool.num_threads == min(allowed_cpus(), len(_cores(os.sched_getaffinity(0), _nodes())))
+        assert pool.num_threads == min(allowed_cpus(), len(cores(os.sched_getaffinity(0), node_of_cpus())))
         assert set(pool.cpus) <= os.sched_getaffinity(0)
         assert len(set(pool.cpus)) == pool.num_threads
 
@@ -62,15 +63,15 @@ def test_cores_of_two_nodes_take_turns_and_siblings_are_one_core(tmp_path: Path)
         {"node0": "0-1,4-5", "node1": "2-3,6-7", "node2": ""},  # a node without CPUs, as CXL memory is
         {cpu: f"{cpu % 4},{cpu % 4 + 4}" for cpu in range(8)},
     )
-    nodes = _nodes(tmp_path)
+    nodes = node_of_cpus(tmp_path)
     assert nodes == {0: 0, 1: 0, 4: 0, 5: 0, 2: 1, 3: 1, 6: 1, 7: 1}
-    assert _cores(range(8), nodes, tmp_path) == [[0, 4], [2, 6], [1, 5], [3, 7]]
-    assert _cores([1, 5, 6], nodes, tmp_path) == [[1, 5], [6]]
+    assert cores(range(8), nodes, tmp_path) == [[0, 4], [2, 6], [1, 5], [3, 7]]
+    assert cores([1, 5, 6], nodes, tmp_path) == [[1, 5], [6]]
 
 
 def test_a_machine_that_says_nothing_has_one_node_and_a_core_for_each_cpu(tmp_path: Path) -> None:
-    assert _nodes(tmp_path) == {}
-    assert _cores([3, 1], {}, tmp_path) == [[1], [3]]
+    assert node_of_cpus(tmp_path) == {}
+    assert cores([3, 1], {}, tmp_path) == [[1], [3]]
 
 
 def test_threads_of_a_node_are_a_group() -> None:
