@@ -22,7 +22,11 @@ def main() -> None:
     settled = {}
     for name, change in FOURFOLD.items():
         settled[name] = sorted(settle(balanced(seed), change) for seed in range(options.changes))
-        print(f"{name:16s} steps: median {statistics.median(settled[name])}, most {settled[name][-1]}")
+        near = sum(steps <= 20 for steps in settled[name])
+        print(
+            f"{name:16s} steps: median {statistics.median(settled[name])}, most {settled[name][-1]}; "
+            f"{near} of {options.changes} within 20"
+        )
     loads = []
     for seed in range(options.seeds):
         between = is_between(draw(seed))
@@ -30,11 +34,13 @@ def main() -> None:
         loads.append({"seed": seed, "between": between, "ratio": round(ratio, 4), "turns": turns(decisions)})
     for count in sorted({50, options.seeds}):
         ratios = sorted(load["ratio"] for load in loads[:count])
+        inside = sum(load["between"] for load in loads[:count])
+        near = sum(ratio <= 1.05 for ratio in ratios)
+        most_turns = max(load["turns"] for load in loads[:count])
         print(
-            f"{count} workloads, {sum(load["between"] for load in loads[:count])} with the best split inside: "
-            f"median {statistics.median(ratios):.3f} of the best fixed split's time, "
-            f"{sum(ratio <= 1.05 for ratio in ratios)} within 5 %, worst {ratios[-1]:.3f}; "
-            f"at most {max(load['turns'] for load in loads[:count])} turns"
+            f"{count} workloads, {inside} with the best split between the bounds: median "
+            f"{statistics.median(ratios):.3f} of the best fixed split's time, {near} within 5 %, "
+            f"worst {ratios[-1]:.3f}; at most {most_turns} turns"
         )
     if options.json is not None:
         found = {

@@ -177,6 +177,7 @@ _SHOCK = (
 _DISTURBED = 0.03  # of a step spent on moves: its times are those of a machine with less bandwidth
 _CHANGED_DISTURBED = 1.6  # and must be off by this much more before they count
 _MOVE_STEPS = 8  # in a row, after which they count all the same: what was before is too long ago
+_FAR = 4.0  # times the bytes that were measured: beyond, a fit is only a guess
 _EXCITED = 0.04  # relative spread of bytes from which on a fit believes its slope more than the one before
 _BAND = 0.015  # of a step's time, that another split must gain; doubled whenever the split turns round
 _FORGIVEN = 32  # steps at rest after which one turn is not counted any more
@@ -227,9 +228,13 @@ class _Side:
         if not self.is_measured:
             return num_bytes * self._described
         ratio = num_bytes / self.mean_bytes
-        if self.proportional > 1:
+        if self.proportional > 1 and ratio <= _FAR:
             return self.mean_s * float(ratio**self.proportional)
-        return self.mean_s * (1 + self.proportional * (ratio - 1))
+        seconds = self.mean_s * (1 + self.proportional * (ratio - 1))
+        if ratio > _FAR:
+            # A few pages are all overhead, which says nothing of many; there the description is the better guess.
+            seconds = min(seconds, self.mean_s + 2 * (num_bytes - self.mean_bytes) * self._described)
+        return seconds
 
     def observe(self, num_bytes: float, seconds: float, *, disturbed: bool = False) -> bool:
         """Learn from a step; returns whether the machine has changed under the same load."""
