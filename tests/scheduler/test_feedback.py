@@ -1,6 +1,6 @@
-"""The feedback controller, steering processors that it knows little of (`plant.py`)."""
+"""The feedback controller, steering processors that it knows little of (`bench/plant.py`)."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import fields, replace
 from typing import Any
 
@@ -8,6 +8,19 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from bench.plant import (
+    FOURFOLD,
+    Plant,
+    balanced,
+    compare,
+    controller,
+    draw,
+    drive,
+    is_between,
+    machine,
+    settle,
+    turns,
+)
 from hybridgen.scheduler.feedback import (
     Decision,
     FeedbackConfig,
@@ -19,37 +32,8 @@ from hybridgen.scheduler.feedback import (
     StepMeasurement,
     replay,
 )
-from tests.scheduler.plant import Plant, PlantConfig, controller, draw, drive, machine
 
 PAGE = 2 << 20
-
-
-def best_s(plant: Plant) -> float:
-    """The best fixed split's step, with all threads or with those chosen, whichever is better."""
-    chosen, results = plant.threads, []
-    for plant.threads in sorted({chosen, 16}):
-        results.append(plant.best_s())
-    plant.threads = chosen
-    return min(results)
-
-
-def balanced_plant(seed: int, **changes: Any) -> Plant:
-    """Host and device are both worth something, and there is room for more on the device."""
-    config = PlantConfig(
-        page_bytes=PAGE,
-        host_read_share=(0.1, 0.25, 0.5, 1.0)[seed % 4],
-        device_bandwidth=(3 + seed % 7) * 1e11,
-        host_bandwidth=(80 + 40 * (seed % 6)) * 1e9,
-        link_bandwidth=(25e9, 50e9)[seed % 2],
-        linear_s=4e-3 + 1e-3 * (seed % 10),
-        noise=0.04,
-        delay=seed % 3,
-    )
-    count = (1, 2, 4)[seed % 3]
-    pages = {key: (600 + 137 * (seed % 10)) // count for key in range(count)}
-    budget = int(sum(pages.values()) * (0.7, 1, 5)[seed % 3])
-    held = {key: int(0.4 * total) for key, total in pages.items()}
-    return Plant(replace(config, **changes), pages, held, budget, seed)
 
 
 def measurement(
@@ -91,75 +75,23 @@ def make(**changes: Any) -> FeedbackController:
     return FeedbackController(FeedbackConfig(**(values | changes)))
 
 
-def turns(decisions: Sequence[Decision]) -> int:
-    """How often the share was moved in the other direction than the last time."""
-    ways = [d.reason for d in decisions if d.reason in (Reason.HOST_SLOWER, Reason.DEVICE_SLOWER)]
-    return sum(one is not other for one, other in zip(ways, ways[1:], strict=False))
-
-
-def scale(name: str, factor: float) -> Callable[[Plant], None]:
-    return lambda plant: plant.change(**{name: factor * getattr(plant.config, name)})
-
-
-def longer(plant: Plant) -> None:
-    plant.num_pages = {key: 4 * total for key, total in plant.num_pages.items()}
-
-
-def shorter(plant: Plant) -> None:
-    plant.num_pages = {key: total // 4 for key, total in plant.num_pages.items()}
-    plant.device_pages = {key: min(held, plant.num_pages[key]) for key, held in plant.device_pages.items()}
-
-
 @pytest.mark.parametrize("seed", range(6))
-@pytest.mark.parametrize(
-    "change",
-    [
-        pytest.param(scale("host_bandwidth", 0.25), id="host slower"),
-        pytest.param(scale("host_bandwidth", 4), id="host faster"),
-        pytest.param(scale("device_bandwidth", 0.25), id="device slower"),
-        pytest.param(scale("device_bandwidth", 4), id="device faster"),
-        pytest.param(longer, id="contexts longer"),
-        pytest.param(shorter, id="contexts shorter"),
-    ],
-)
+@pytest.mark.parametrize("change", FOURFOLD.values(), ids=FOURFOLD.keys())
 def test_settles_within_20_steps_of_a_fourfold_change(change: Callable[[Plant], None], seed: int) -> None:
-    plant = balanced_plant(seed)
-    steering = controller(plant)
-    for _ in drive(plant, steering, 60):
-        pass
-    change(plant)
-    late = []
-    for step in range(1, 41):
-        for _ in drive(plant, steering, 1):
-            pass
-        if plant.ideal_s(plant.on_device) > 1.1 * best_s(plant):
-            late.append(step)
-    assert not late or late[-1] <= 20, f"still over 110 % of the best split after {late[-1]} steps"
+    late = settle(balanced(seed), change)
+    assert late <= 20, f"still over 110 % of the best split after {late} steps"
 
 
 @pytest.mark.parametrize("seed", range(50))
 def test_stays_within_5_percent_of_the_best_fixed_split_and_turns_round_at_most_4_times(seed: int) -> None:
-    plant = draw(seed)
-    steering = controller(plant)
-    decisions = list(drive(plant, steering, 60))
-    ours_s = best = 0.0
-    for _ in range(120):
-        decisions += drive(plant, steering, 1)
-        ours_s += plant.ideal_s(plant.on_device)
-        best += best_s(plant)
-    assert ours_s <= 1.05 * best
+    decisions, ratio = compare(draw(seed))
+    assert ratio <= 1.05
     assert turns(decisions) <= 4
 
 
 def test_most_of_the_50_workloads_have_their_best_split_between_the_bounds() -> None:
     """Else the comparison would show only that the device can be filled."""
-    between = 0
-    for seed in range(50):
-        plant = draw(seed)
-        lowest, highest = 2 * len(plant.num_pages), min(plant.budget, plant.total)
-        ends = min(plant.ideal_s(lowest), plant.ideal_s(highest))
-        between += plant.best_s() < 0.99 * ends
-    assert between >= 25
+    assert sum(is_between(draw(seed)) for seed in range(50)) >= 25
 
 
 @given(
@@ -395,22 +327,22 @@ def test_a_device_that_is_the_bottleneck_limits_nobody() -> None:
 
 
 def test_fewer_threads_are_kept_where_they_get_in_each_others_way() -> None:
-    crowded = balanced_plant(3, host_knee=8, host_disturbance=0.06, host_read_share=1.0)
+    crowded = balanced(3, host_knee=8, host_disturbance=0.06, host_read_share=1.0)
     steering = controller(crowded)
     for _ in drive(crowded, steering, 400):
         pass
     assert crowded.threads < 16
-    roomy = balanced_plant(3, host_knee=16, host_read_share=1.0)
+    roomy = balanced(3, host_knee=16, host_read_share=1.0)
     decisions = list(drive(roomy, controller(roomy), 400))
     assert decisions[-1].num_threads == 16
     assert Reason.TRIAL in {d.reason for d in decisions}
 
 
 def test_looking_ahead_is_kept_where_it_shortens_the_step() -> None:
-    plant = balanced_plant(4, overlap=0.8)
+    plant = balanced(4, overlap=0.8)
     decisions = list(drive(plant, controller(plant, can_look_ahead=True), 200))
     assert decisions[-1].layer_ahead
-    plant = balanced_plant(4, overlap=0.0)
+    plant = balanced(4, overlap=0.0)
     decisions = list(drive(plant, controller(plant, can_look_ahead=True), 200))
     assert not decisions[-1].layer_ahead
 
