@@ -27,6 +27,8 @@ from pydantic_settings import (
     SettingsConfigDict,
 )
 
+from hybridgen.configs.emulation import EmulatedNode, parse_emulated_node
+
 EMBEDDED_MODEL = Path(__file__).resolve().parent / "embedded"
 EMBEDDED_MODEL_NAME = "hybridgen-embedded"  # what clients call it unless --served-model-name says otherwise
 ENVIRONMENT_PREFIX = "HYBRIDGEN_"
@@ -98,7 +100,24 @@ def _parse_memory_tiers(value: object) -> object:
     return tiers
 
 
+def _parse_emulated_nodes(value: object) -> object:
+    """Text, or a list of it; in one variable of the environment, nodes are separated by spaces."""
+    items = value.split() if isinstance(value, str) else value
+    if not isinstance(items, list | tuple):
+        return value
+    nodes = tuple(
+        item if isinstance(item, EmulatedNode) else parse_emulated_node(str(item), parse_count)
+        for item in cast(Sequence[object], items)
+    )
+    names = [node.name for node in nodes]
+    if len(set(names)) < len(names):
+        raise ValueError(f"emulated nodes need names of their own, got {', '.join(names)}")
+    return nodes
+
+
 MemoryTier = Literal["dram", "cxl", "none"]
+EmulatedNodes = Annotated[tuple[EmulatedNode, ...], NoDecode, BeforeValidator(_parse_emulated_nodes)]
+PlacementRule = Literal["mapper", "paper", "first-touch", "interleave", "recency"]
 Count = Annotated[int, BeforeValidator(parse_count)]
 MemoryTiers = Annotated[dict[int, MemoryTier], NoDecode, BeforeValidator(_parse_memory_tiers)]
 Names = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_parse_names)]
@@ -341,6 +360,59 @@ class Settings(BaseSettings):
         default_text="as detected",
         metavar="NODE=TIER",
     )
+    emulate_node: EmulatedNodes = _setting(
+        "KV cache",
+        "Let a part of DRAM stand for a CXL node, read no faster than this: to watch placement and feedback on a machine "
+        "without one. Figures of it say that it is emulated. For example cxl0:bandwidth=4GB,latency=400ns,capacity=2GiB.",
+        default=(),
+        default_text="none",
+        metavar="NAME:bandwidth=BYTES,latency=TIME",
+    )
+    placement: PlacementRule = _setting(
+        "KV cache",
+        "Where host pages lie, where there are several memory nodes: `mapper` weighs what is read of each against each "
+        "node's bandwidth and moves pages as that changes; `paper` keeps keys in DRAM and values in CXL memory; the "
+        "others are what systems do that know nothing of KV.",
+        default="mapper",
+    )
+    migration_bytes: Count = _setting(
+        "KV cache",
+        "Most to be moved between memory nodes at a time, beside the steps.",
+        default=64 << 20,
+        default_text="64MiB",
+        ge=0,
+        unit="bytes",
+    )
+    device_threads: int = _setting(
+        "KV cache",
+        "Threads that attend device pages and do nothing else, so that they stand for a processor beside the host's; 0: "
+        "the same threads attend both. Only with --device cpu and --device-pages.",
+        default=0,
+        ge=0,
+    )
+    feedback: Literal["measured", "predicted", "fixed"] = _setting(
+        "KV cache",
+        "How many of a sequence's pages the device keeps: as many as let both sides finish together, by the `measured` "
+        "times of steps, or as `predicted` from the machine's description; `fixed` keeps --device-share. Only where "
+        "device and host are processors of their own.",
+        default="measured",
+    )
+    device_share: float = _setting(
+        "KV cache",
+        "Share of a sequence's pages that the device keeps with --feedback fixed.",
+        default=0.5,
+        ge=0,
+        le=1,
+    )
+    target_step_time: float | None = _setting(
+        "KV cache",
+        "Admit no further sequence that would make a step longer than this, while the host is the slower side.",
+        default=None,
+        default_text="no limit",
+        gt=0,
+        allow_inf_nan=False,
+        unit="seconds",
+    )
     enable_prefix_caching: bool = _setting(
         "KV cache",
         "Keep the KV of finished requests and reuse it for prompts that begin alike.",
@@ -518,6 +590,14 @@ class EngineSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     hybridgen_adapt: bool = True
     hybridgen_feedback_interval: int = 4  # steps
     layer_ahead: bool = False
+    memory_tiers: dict[int, MemoryTier] = {}
+    emulated_nodes: tuple[EmulatedNode, ...] = ()
+    placement: PlacementRule = "mapper"
+    migration_bytes: int = 64 << 20
+    device_threads: int = 0  # 0: the pool attends both tiers
+    feedback: Literal["measured", "predicted", "fixed"] = "measured"
+    device_share: float = 0.5
+    target_step_s: float | None = None
     kv_cache_memory_bytes: int = 4 << 30
     enable_prefix_caching: bool = True
     seed: int = 0
@@ -549,6 +629,14 @@ def engine_settings(settings: Settings) -> EngineSettings:
         hybridgen_adapt=settings.hybridgen_adapt,
         hybridgen_feedback_interval=settings.hybridgen_feedback_interval,
         layer_ahead=settings.layer_ahead,
+        memory_tiers=settings.memory_tiers,
+        emulated_nodes=settings.emulate_node,
+        placement=settings.placement,
+        migration_bytes=settings.migration_bytes,
+        device_threads=settings.device_threads,
+        feedback=settings.feedback,
+        device_share=settings.device_share,
+        target_step_s=settings.target_step_time,
         kv_cache_memory_bytes=settings.kv_cache_memory_bytes,
         enable_prefix_caching=settings.enable_prefix_caching,
         seed=settings.seed,

@@ -2,13 +2,16 @@
 
 import logging
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from transformers import AutoConfig, GenerationConfig, PreTrainedConfig
 
 from hybridgen.configs.settings import EngineSettings
+from hybridgen.engine.balance import Balance
 from hybridgen.engine.core import EngineCore
+from hybridgen.engine.host_memory import FIRST_EMULATED_ID, PATTERNS, HostMemory, page_shape
 from hybridgen.engine.kv_store import (
     KVStore,
     available_host_bytes,
@@ -16,17 +19,21 @@ from hybridgen.engine.kv_store import (
     choose_num_host_pages,
     kv_layout,
 )
+from hybridgen.engine.machine import describe_memory, memory_nodes
 from hybridgen.engine.model import Decoder
 from hybridgen.engine.model_spec import UnsupportedModel, spec_from_config
 from hybridgen.engine.request import Ready
 from hybridgen.engine.runner import ModelRunner
 from hybridgen.engine.sampler import Sampler
 from hybridgen.engine.weights import WeightError, dummy_weights, load_weights, resolve_model
+from hybridgen.kernels.layout import KVLayout
 from hybridgen.kernels.policies.base import Policy
 from hybridgen.kernels.policies.exact import ExactPolicy
 from hybridgen.kernels.policies.hybridgen import HybridGenPolicy
 from hybridgen.kernels.policies.mass import MassPolicy
 from hybridgen.kernels.pool import AttentionPool
+from hybridgen.scheduler.feedback import FeedbackConfig, FeedbackController, Mode
+from hybridgen.scheduler.machine import Device, Machine, MemoryNode, Tier
 from hybridgen.scheduler.scheduler import Scheduler
 
 logger = logging.getLogger(__name__)
@@ -40,7 +47,8 @@ def build_engine(settings: EngineSettings) -> EngineCore:
         NotEnoughMemory, ValueError: the settings do not fit the machine or the model.
     """
     started = time.perf_counter()
-    torch.set_num_threads(settings.threads)
+    # Linear layers are the device's, whatever stands for it.
+    torch.set_num_threads(settings.device_threads or settings.threads)
     device = torch.device(settings.device)
     folder = resolve_model(settings.model, revision=settings.revision, download_dir=settings.download_dir)
     config = load_config(folder)
@@ -72,15 +80,27 @@ def build_engine(settings: EngineSettings) -> EngineCore:
         weights = dummy_weights(spec, dtype=dtype, device=device, seed=settings.seed)
     else:
         weights = load_weights(folder, spec, dtype=dtype, device=device, show_progress=True)
-    pool = AttentionPool(num_threads=settings.threads)
-    decoder = Decoder(spec, weights, max_model_len=max_model_len, pool=pool, layer_ahead=settings.layer_ahead)
+    pool, device_pool = make_pools(settings)
+    host = HostMemory(
+        layout,
+        num_host_pages,
+        host_nodes(settings, num_host_pages, layout, with_index=policy.needs_index),
+        with_index=policy.needs_index,
+        rule=settings.placement,
+        policy=settings.host_attention,
+        migration_bytes=settings.migration_bytes,
+    )
+    decoder = Decoder(
+        spec, weights, max_model_len=max_model_len, pool=device_pool or pool, layer_ahead=settings.layer_ahead
+    )
     store = KVStore(
         spec,
         layout,
         num_device_pages=num_device_pages,
-        num_host_pages=num_host_pages,
+        host=host,
         pool=pool,
         policy=policy,
+        device_pool=device_pool,
     )
     num_pages = num_device_pages + num_host_pages
     eos_token_ids = find_eos_token_ids(folder, config)
@@ -109,22 +129,148 @@ def build_engine(settings: EngineSettings) -> EngineCore:
         settings.threads,
         ready.load_seconds,
     )
+    scheduler = Scheduler(
+        num_device_pages=num_device_pages,
+        num_host_pages=num_host_pages,
+        num_sink_pages=settings.num_sink_pages,
+        page_size=settings.page_size,
+        max_num_seqs=settings.max_num_seqs,
+        max_num_batched_tokens=settings.max_num_batched_tokens,
+        max_model_len=max_model_len,
+        enable_prefix_caching=settings.enable_prefix_caching,
+    )
     return EngineCore(
         runner=ModelRunner(decoder, store, device),
-        scheduler=Scheduler(
-            num_device_pages=num_device_pages,
-            num_host_pages=num_host_pages,
-            num_sink_pages=settings.num_sink_pages,
-            page_size=settings.page_size,
-            max_num_seqs=settings.max_num_seqs,
-            max_num_batched_tokens=settings.max_num_batched_tokens,
-            max_model_len=max_model_len,
-            enable_prefix_caching=settings.enable_prefix_caching,
-        ),
+        scheduler=scheduler,
+        balance=None if device_pool is None else make_balance(settings, scheduler, store, layout, pool),
         sampler=Sampler(spec.vocab_size, eos_token_ids=eos_token_ids, device=device),
         ready=ready,
         eos_token_ids=eos_token_ids,
         seed=settings.seed,
+    )
+
+
+def make_pools(settings: EngineSettings) -> tuple[AttentionPool, AttentionPool | None]:
+    """The host's threads, and those that stand for a device beside it, if there are any: each on cores of its own.
+
+    Raises:
+        ValueError: there are not enough cores for both, or no device pages for the second.
+    """
+    if not settings.device_threads:
+        if settings.num_device_pages and settings.feedback != "measured":
+            logger.warning(
+                "--feedback %s has no effect: the same threads attend device and host pages; give the device some of "
+                "its own with --device-threads",
+                settings.feedback,
+            )
+        return AttentionPool(num_threads=settings.threads), None
+    if not settings.num_device_pages:
+        raise ValueError("--device-threads is for device pages, of which there are none: give --device-pages")
+    cpus = AttentionPool.default_cpus()
+    if settings.device_threads >= len(cpus):
+        raise ValueError(
+            f"--device-threads {settings.device_threads} leaves the host none of this process's {len(cpus)} cores"
+        )
+    num_host = min(settings.threads, len(cpus) - settings.device_threads)
+    device_pool = AttentionPool(cpus=cpus[: settings.device_threads])
+    return AttentionPool(cpus=cpus[settings.device_threads : settings.device_threads + num_host]), device_pool
+
+
+def host_nodes(
+    settings: EngineSettings, num_host_pages: int, layout: KVLayout, *, with_index: bool
+) -> tuple[MemoryNode, ...]:
+    """The memory nodes that host pages may lie on, DRAM first, then emulated ones.
+
+    Where there is only one, and none is emulated, nothing of it is measured: there is nothing to choose.
+    """
+    topology, _ = describe_memory(settings.memory_tiers, measured=False)
+    several = len(topology.usable) > 1
+    wanted = sum(page_shape(layout, with_index=with_index).role_bytes) * num_host_pages
+    if not several and not settings.emulated_nodes:
+        return (MemoryNode(0, "dram0", Tier.DRAM, read_bandwidth=1.0, latency_s=0.0, capacity_bytes=wanted),)
+    topology, measurements = describe_memory(settings.memory_tiers, measured=True)
+    nodes = list(memory_nodes(topology, measurements))
+    if not nodes:
+        raise ValueError(
+            "no memory node's speed is known, so that pages cannot be placed; see hybridgen topology"
+        )
+    if not several:
+        nodes[0] = replace(nodes[0], capacity_bytes=max(nodes[0].capacity_bytes, wanted))
+    for number, node in enumerate(settings.emulated_nodes):
+        logger.info(
+            "%s is emulated: DRAM of %s, read at no more than %.1f GB/s, %.0f ns later",
+            node.name,
+            nodes[0].name,
+            node.bandwidth / 1e9,
+            1e9 * node.latency_s,
+        )
+        nodes.append(
+            MemoryNode(
+                FIRST_EMULATED_ID + number,
+                node.name,
+                Tier.CXL,
+                read_bandwidth=node.bandwidth,
+                latency_s=node.latency_s,
+                capacity_bytes=wanted if node.capacity_bytes is None else node.capacity_bytes,
+                emulated=True,
+            )
+        )
+    return tuple(nodes)
+
+
+def make_balance(
+    settings: EngineSettings, scheduler: Scheduler, store: KVStore, layout: KVLayout, pool: AttentionPool
+) -> Balance:
+    """The controller of the split between device and host."""
+    _, measurements = describe_memory(settings.memory_tiers, measured=True)
+    per_core = [item.read_bandwidth[0][1] for item in measurements.nodes if item.read_bandwidth]
+    rate = per_core[0] if per_core else 10e9
+    nodes = store.host.nodes
+    # One node's description has no figures where nothing was to be placed.
+    host_nodes = tuple(
+        replace(node, read_bandwidth=rate * pool.num_threads) if node.read_bandwidth <= 1 else node
+        for node in nodes
+    )
+    device = MemoryNode(
+        -1,
+        "device",
+        Tier.DEVICE,
+        rate * settings.device_threads,
+        0.0,
+        layout.page_bytes * settings.num_device_pages,
+    )
+    pattern = PATTERNS[settings.host_attention]
+    shape = page_shape(layout, with_index=store.host.pages.index is not None)
+    expected = sum(size * share for size, share in zip(shape.role_bytes, pattern.shares, strict=True))
+    mass = settings.host_attention == "mass"
+    floor = settings.attention_mass_floor
+    config = FeedbackConfig(
+        machine=Machine(
+            "this machine",
+            Device("threads that stand for a device", device, link_bandwidth=rate / 2, matmul_flops=1e12),
+            host_nodes,
+            pool.num_threads,
+            core_flops=1e11,
+            source="measured",
+        ),
+        device_page_bytes=layout.page_bytes,
+        host_page_read_bytes=max(1.0, expected),
+        num_device_pages=settings.num_device_pages,
+        max_threads=pool.num_threads,
+        max_num_seqs=settings.max_num_seqs,
+        mode=Mode(settings.feedback),
+        min_device_pages=settings.num_sink_pages + 1,
+        fixed_share=settings.device_share,
+        can_look_ahead=settings.layer_ahead,
+        mass_floor=(floor if floor is not None else 1 - 2 * (1 - settings.attention_mass)) if mass else None,
+        target_step_s=settings.target_step_s,
+    )
+    return Balance(
+        FeedbackController(config),
+        scheduler,
+        page_bytes=layout.page_bytes,
+        node_ids=tuple(node.id for node in nodes),
+        num_threads=pool.num_threads,
     )
 
 

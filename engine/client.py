@@ -23,6 +23,8 @@ from hybridgen.engine.request import (
     Abort,
     AbortChoice,
     EngineStats,
+    Explain,
+    Explanation,
     Failed,
     FromEngine,
     Output,
@@ -83,6 +85,8 @@ class EngineClient:
         self._process = process
         self._folder = folder
         self._streams: dict[str, _Stream] = {}
+        self._questions: dict[str, asyncio.Future[tuple[str, ...]]] = {}  # of `explain`, by id
+        self._num_questions = 0
         self._closing = False
         self._failed = asyncio.Event()
         self._exited = asyncio.Event()
@@ -182,6 +186,26 @@ class EngineClient:
             if stream.open_choices and self.failure is None:
                 self._send(Abort(ids=[request.id]))
 
+    async def explain(self, page: int | None = None) -> tuple[str, ...]:
+        """Lines that say where a host page lies and why; of all of them together, without a page.
+
+        Answered between two steps.
+
+        Raises:
+            EngineDead: the engine is gone, or goes before it answers.
+        """
+        if self.failure is not None:
+            raise EngineDead(self.failure)
+        answer: asyncio.Future[tuple[str, ...]] = asyncio.get_running_loop().create_future()
+        self._num_questions += 1
+        id = str(self._num_questions)
+        self._questions[id] = answer
+        try:
+            self._send(Explain(id=id, page=page))
+            return await answer
+        finally:
+            del self._questions[id]
+
     def abort_choice(self, id: str, index: int) -> None:
         """End one choice: nothing more comes from it. Does nothing when it has ended already."""
         stream = self._streams.get(id)
@@ -256,6 +280,10 @@ class EngineClient:
                         # Its consumer may have left while the output was on its way.
                         if (stream := streams.get(output.id)) is not None:
                             stream.queue.put_nowait(output)
+                case Explanation(id=id, lines=lines):
+                    # Whoever asked may have left.
+                    if (answer := self._questions.get(id)) is not None and not answer.done():
+                        answer.set_result(lines)
                 case Failed():
                     self._fail(message.message)
                 case Ready():
@@ -296,6 +324,9 @@ class EngineClient:
             self.failure = message
         for stream in self._streams.values():
             stream.queue.put_nowait(EngineDead(self.failure))
+        for answer in self._questions.values():
+            if not answer.done():
+                answer.set_exception(EngineDead(self.failure))
 
 
 def _environment(settings: EngineSettings) -> dict[str, str]:

@@ -12,10 +12,14 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from hybridgen.engine.balance import Balance
 from hybridgen.engine.request import (
+    BalanceStats,
     EngineStats,
     FinishReason,
     InvalidRequest,
+    MigrationStats,
+    NodeStats,
     Output,
     Ready,
     Request,
@@ -73,6 +77,7 @@ class EngineCore:
         runner: ModelRunner,
         scheduler: Scheduler,
         sampler: Sampler,
+        balance: Balance | None = None,
         ready: Ready,
         eos_token_ids: Sequence[int],
         seed: int,
@@ -80,6 +85,7 @@ class EngineCore:
         self.ready = ready
         self._runner = runner
         self._scheduler = scheduler
+        self._balance = balance  # None: device and host are not processors of their own
         self._sampler = sampler
         self._eos_token_ids = frozenset(eos_token_ids)
         self._seeds = random.Random(seed)
@@ -95,6 +101,7 @@ class EngineCore:
         self._num_device_tokens = 0
         self._num_host_tokens = 0
         self._last_step_tokens = 0
+        self._device_s = self._host_s = self._device_wait_s = self._host_wait_s = 0.0
 
     def add(self, request: Request) -> None:
         """Queue a request. One that cannot be served is answered by the next step with what is wrong with it."""
@@ -145,6 +152,7 @@ class EngineCore:
         """Counts for metrics, as of now."""
         scheduler, pages = self._scheduler, self._scheduler.pages
         retained = self._runner.retained
+        nodes, migrations = self._node_stats()
         return EngineStats(
             num_running=scheduler.num_running,
             num_waiting=scheduler.num_waiting,
@@ -171,6 +179,9 @@ class EngineCore:
             num_prompt_tokens_total=self._num_prompt_tokens,
             num_generated_tokens_total=self._num_generated_tokens,
             last_step_tokens=self._last_step_tokens,
+            balance=self._balance_stats(),
+            nodes=nodes,
+            migrations=migrations,
         )
 
     def check_integrity(self) -> None:
@@ -288,6 +299,7 @@ class EngineCore:
         self._scheduler.commit(step, sampled)
         for choice in ended:
             self._end(choice, keep_pages=choice.key not in suspect)
+        self._note_clocks(step, time.perf_counter() - started)
         logger.debug(
             "step of %d tokens, %d sequences: %.2f ms",
             step.num_tokens,
@@ -295,6 +307,74 @@ class EngineCore:
             1e3 * (time.perf_counter() - started),
         )
         return outputs
+
+    def _note_clocks(self, step: Step, step_s: float) -> None:
+        store, balance, reads = self._runner.store, self._balance, self._runner.reads
+        clocks = store.clocks
+        self._device_s += clocks.device_s
+        self._host_s += clocks.host_s
+        self._device_wait_s += clocks.device_wait_s
+        self._host_wait_s += clocks.host_wait_s
+        if balance is None or reads is None:
+            return
+        num_device = self.ready.num_device_pages
+        balance.after_step(
+            step,
+            clocks,
+            reads,
+            step_s=step_s,
+            retained_mass=store.last_lowest_mass,
+            heat={num_device + page: heat for page, heat in store.host.heat().items()},
+        )
+        store.looks_ahead = balance.layer_ahead or not balance.can_look_ahead
+
+    def _balance_stats(self) -> BalanceStats | None:
+        balance = self._balance
+        if balance is None or balance.decision is None:
+            return None
+        decision = balance.decision
+        return BalanceStats(
+            device_s_total=self._device_s,
+            host_s_total=self._host_s,
+            device_wait_s_total=self._device_wait_s,
+            host_wait_s_total=self._host_wait_s,
+            target_share=decision.device_share,
+            actual_share=balance.actual_share,
+            max_running=decision.max_running,
+            limit_reason=str(decision.limit_reason),
+            reason=str(decision.reason),
+            message=decision.message,
+            num_changes_total={str(reason): count for reason, count in balance.num_decisions.items()},
+        )
+
+    def _node_stats(self) -> tuple[tuple[NodeStats, ...], tuple[MigrationStats, ...]]:
+        host = self._runner.store.host
+        counts, names = host.counts(), {node.id: node.name for node in host.nodes}
+        nodes = tuple(
+            NodeStats(
+                name=node.name,
+                tier=str(node.tier),
+                emulated=node.emulated,
+                bandwidth=node.read_bandwidth,
+                capacity_bytes=node.capacity_bytes,
+                read_bytes_total=counts.read_bytes[position],
+                delayed_s_total=counts.delayed_s[position],
+                num_pieces=tuple(row[position] for row in counts.pages),
+            )
+            for position, node in enumerate(host.nodes)
+        )
+        migrations = tuple(
+            MigrationStats(source=names[source], target=names[target], reason=reason, num_total=num)
+            for (source, target, reason), num in counts.migrated.items()
+        )
+        return nodes, migrations
+
+    def explain(self, page: int | None) -> tuple[str, ...]:
+        """Lines that say where a host page lies and why; of all of them together, without a page."""
+        lines = self._runner.store.host.explain(page)
+        if page is None and self._balance is not None and self._balance.decision is not None:
+            lines += (self._balance.decision.message,)
+        return lines
 
     def _append(self, choice: _Choice, token: int, logprob: TokenLogprob | None) -> Output:
         choice.tokens.append(token)

@@ -1,5 +1,6 @@
 """The tensors behind the scheduler's page numbers, and the attention over them."""
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -7,17 +8,20 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from hybridgen.engine.balance import StepClocks
 from hybridgen.engine.batch import Batch
+from hybridgen.engine.host_memory import HostMemory
 from hybridgen.engine.model_spec import ModelSpec
 from hybridgen.kernels.attention import AttentionStep, KVLayout, KVPages, allocate_pages, copy_pages
 from hybridgen.kernels.index import allocate_index
+from hybridgen.kernels.page_memory import NodeReads
 from hybridgen.kernels.ops import merge
 from hybridgen.kernels.policies.base import Policy
 from hybridgen.kernels.policies.exact import ExactPolicy
 from hybridgen.kernels.policies.hybridgen import HybridGenPolicy
 from hybridgen.kernels.policies.mass import MassPolicy
 from hybridgen.kernels.pool import AttentionPool
-from hybridgen.scheduler.step import PageMove
+from hybridgen.scheduler.step import PageMove, Step
 
 
 class NotEnoughMemory(Exception):
@@ -38,10 +42,12 @@ class RetainedMass:
 class KVStore:
     """K and V pages of all layers on two tiers: device pages [0, num_device_pages), host pages after them.
 
-    On a CPU both lie in its memory and the pool attends both; the device tier stands for one, so that what depends on
-    the split runs as it does on two processors.
+    On a CPU both lie in its memory; the device tier stands for one, so that what depends on the split runs as it does on
+    two processors. The same threads attend both, unless the device has a pool of its own.
 
     Args:
+        host: the host's pages.
+        pool: attends the host's pages, and the device's if there is no `device_pool`.
         policy: reads the host pages, in full or in part.
     """
 
@@ -51,16 +57,45 @@ class KVStore:
         layout: KVLayout,
         *,
         num_device_pages: int,
-        num_host_pages: int,
+        host: HostMemory,
         pool: AttentionPool,
         policy: Policy,
+        device_pool: AttentionPool | None = None,
     ) -> None:
         self._spec = spec
         self._pool = pool
+        self._device_pool = device_pool
         self._policy = policy
         self._device = allocate_pages(layout, num_device_pages)
-        self._host = allocate_pages(layout, num_host_pages, with_index=policy.needs_index)
+        self.host = host
+        self._host = host.pages
         self.retained = RetainedMass()
+        self.last_lowest_mass: float | None = (
+            None  # that a head retained in the last step; None if none was measured
+        )
+        self.clocks = StepClocks()  # of the step under way, or the last one
+        self.looks_ahead = True  # whether the policy is told a layer ahead, if the decoder can
+
+    def begin_step(self, step: Step) -> None:
+        """Give the host pages that the step writes their nodes, and carry out its moves."""
+        self.clocks = StepClocks()
+        num_device, page_size = self._device.num_pages, self._device.layout.page_size
+        begin_s = time.perf_counter()
+        written = [move.target for move in step.moves]
+        if not num_device:
+            for item in step.sequences:
+                first = -(-item.begin // page_size)  # pages whose first slot is written
+                written += item.block_table[first : -(-item.end // page_size)]
+        self.host.prepare([page - num_device for page in written if page >= num_device])
+        self.carry_out(step.moves)
+        self.clocks.moved_s = time.perf_counter() - begin_s if step.moves else 0.0
+        self.host.begin_step(
+            [
+                [page - num_device for page in item.block_table if page >= num_device]
+                for item in step.sequences
+                if item.num_device_pages < len(item.block_table)
+            ]
+        )
 
     def carry_out(self, moves: Sequence[PageMove]) -> None:
         """Copy pages from tier to tier, as if one after the other."""
@@ -90,16 +125,33 @@ class KVStore:
     def attention(self, batch: Batch) -> "StepAttention":
         """The attention of one step, for `Decoder.forward`."""
         num_device = self._device.num_pages
-        device = self._step(batch, self._device, 0) if batch.has_device_pages else None
-        host = self._step(batch, self._host, num_device) if batch.has_host_pages else None
-        return StepAttention(device, host, self._policy, self._pool)
+        device_pool = self._device_pool or self._pool
+        device = self._step(batch, self._device, 0, device_pool) if batch.has_device_pages else None
+        host = self._step(batch, self._host, num_device, self._pool) if batch.has_host_pages else None
+        return StepAttention(
+            device,
+            host,
+            self._policy,
+            self._pool,
+            clocks=None if self._device_pool is None else self.clocks,
+            looks_ahead=self.looks_ahead,
+        )
 
-    def end_step(self) -> None:
-        """The forward pass is over: let go of what was kept for it, and note what it retained."""
+    def end_step(self) -> NodeReads:
+        """The forward pass is over: let go of what was kept for it, and note what it retained.
+
+        Returns:
+            What the step read of the host's memory nodes.
+        """
         self._policy.end_step()
+        self._note_retained()
+        return self.host.end_step()
+
+    def _note_retained(self) -> None:
         if not isinstance(self._policy, MassPolicy | HybridGenPolicy):
             return
         retained, lowest = self.retained, None
+        self.last_lowest_mass = None
         for layer in self._policy.stats():
             if layer.count:
                 retained.num_heads += layer.count
@@ -108,11 +160,11 @@ class KVStore:
                 retained.num_selected += layer.attended
                 lowest = layer.minimum if lowest is None else min(lowest, layer.minimum)
         if lowest is not None:
-            retained.lowest = lowest
+            retained.lowest = self.last_lowest_mass = lowest
 
-    def _step(self, batch: Batch, pages: KVPages, first_page: int) -> AttentionStep:
+    def _step(self, batch: Batch, pages: KVPages, first_page: int, pool: AttentionPool) -> AttentionStep:
         return AttentionStep(
-            self._pool,
+            pool,
             pages,
             query_begin=batch.query_begin,
             kv_len=batch.kv_len,
@@ -125,16 +177,30 @@ class KVStore:
 
 
 class StepAttention:
-    """One step's attention over the tiers that its pages lie on: the partials of both, merged exactly."""
+    """One step's attention over the tiers that its pages lie on: the partials of both, merged exactly.
+
+    Args:
+        clocks: to add each layer's times to, where the device is a processor of its own: it waits for the host then,
+            and does not help. None: one pool attends both.
+    """
 
     def __init__(
-        self, device: AttentionStep | None, host: AttentionStep | None, policy: Policy, pool: AttentionPool
+        self,
+        device: AttentionStep | None,
+        host: AttentionStep | None,
+        policy: Policy,
+        pool: AttentionPool,
+        *,
+        clocks: StepClocks | None = None,
+        looks_ahead: bool = True,
     ) -> None:
         assert device is not None or host is not None, "a step without pages"
         self._policy = policy
         self._pool = pool
         self._device = device
         self._host = host
+        self._clocks = clocks
+        self._looks_ahead = looks_ahead
         self._foretold: tuple[int, Tensor] | None = None
 
     def store(self, layer: int, k: Tensor, v: Tensor) -> None:
@@ -146,7 +212,9 @@ class StepAttention:
     @property
     def ahead_rows(self) -> Tensor | None:
         """What the policy wants foretold of the tokens that have host pages."""
-        return None if self._host is None else self._policy.ahead_rows(self._host)
+        if self._host is None or not self._looks_ahead:
+            return None
+        return self._policy.ahead_rows(self._host)
 
     def ahead(self, layer: int, q: Tensor) -> None:
         """Kept until the layer before has been submitted, which comes first."""
@@ -154,11 +222,15 @@ class StepAttention:
 
     def attend(self, layer: int, q: Tensor, *, sliding_window: int = 0) -> Tensor:
         """q [tokens, heads, head_dim] -> the same shape."""
-        device, host = self._device, self._host
+        device, host, clocks = self._device, self._host, self._clocks
+        begin_s = time.perf_counter()
         if host is None or (device is None and isinstance(self._policy, ExactPolicy)):
             only = device or host
             assert only is not None
-            return only.attend(layer, q, sliding_window=sliding_window)
+            out = only.attend(layer, q, sliding_window=sliding_window)
+            if clocks is not None and only is device:
+                clocks.device_s += time.perf_counter() - begin_s
+            return out
         ticket = self._policy.submit(host, layer, q, sliding_window=sliding_window)
         device_out, device_lse = None, None
         if device is not None:
@@ -167,6 +239,15 @@ class StepAttention:
         if self._foretold is not None:
             self._policy.ahead(host, *self._foretold)
             self._foretold = None
+        if clocks is not None and device is not None:
+            device_end_s = time.perf_counter()
+            while not ticket.is_done():
+                pass  # as a device waits: without helping
+            host_end_s = ticket.ended_s() or time.perf_counter()
+            clocks.device_s += device_end_s - begin_s
+            clocks.host_s += host_end_s - begin_s
+            clocks.device_wait_s += max(0.0, host_end_s - device_end_s)
+            clocks.host_wait_s += max(0.0, device_end_s - host_end_s)
         host_out, host_lse = ticket.wait()
         if device_out is None or device_lse is None:
             return host_out.to(q.dtype)

@@ -24,6 +24,8 @@ from hybridgen.engine.request import (
     Abort,
     AbortChoice,
     EngineStats,
+    Explain,
+    Explanation,
     Failed,
     Output,
     Outputs,
@@ -76,6 +78,10 @@ class Core(Protocol):
 
     def stats(self) -> EngineStats: ...
 
+    def explain(self, page: int | None, /) -> tuple[str, ...]:
+        """Lines that say where a host page lies and why; of all of them together, without a page."""
+        ...
+
 
 def build_core(settings: EngineSettings) -> Core:
     """Load the model. The import is here because it takes seconds and stubs do without it."""
@@ -108,6 +114,7 @@ def main(build: Callable[[EngineSettings], Core] = build_core) -> int:
         outbox.connect(f"ipc://{folder / OUTBOX}")
         try:
             core = build(settings)
+            pin_to_device(settings)
         except Exception as error:
             message = _text(error)
             if _explains_itself(error):
@@ -127,6 +134,14 @@ def main(build: Callable[[EngineSettings], Core] = build_core) -> int:
     return 0
 
 
+def pin_to_device(settings: EngineSettings) -> None:
+    """Keep this thread on the cores that stand for a device, if some do: the host's are not to do its work."""
+    if settings.device_threads:
+        from hybridgen.kernels.pool import AttentionPool
+
+        os.sched_setaffinity(0, AttentionPool.default_cpus()[: settings.device_threads])
+
+
 def run(core: Core, inbox: "zmq.Socket[bytes]", outbox: "zmq.Socket[bytes]") -> None:
     """Step while there is work, sleep while there is none, return on Shutdown. Raises what `core` raises."""
     decoder = msgspec.msgpack.Decoder(ToEngine)
@@ -144,6 +159,8 @@ def run(core: Core, inbox: "zmq.Socket[bytes]", outbox: "zmq.Socket[bytes]") -> 
                     core.abort(ids)
                 case AbortChoice(id=id, index=index):
                     core.abort_choice(id, index)
+                case Explain(id=id, page=page):
+                    outbox.send(encoder.encode(Explanation(id=id, lines=core.explain(page))))
                 case Shutdown():
                     return
         outputs = core.step() if core.has_work() else []

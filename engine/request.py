@@ -200,6 +200,44 @@ class Output(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     refused: str | None = None
 
 
+class BalanceStats(msgspec.Struct, frozen=True, kw_only=True):
+    """Of the controller that splits attention between device and host. Seconds since the engine started."""
+
+    device_s_total: float  # the device's part of attention
+    host_s_total: float  # the host's
+    device_wait_s_total: float  # the device had its part and waited for the host's
+    host_wait_s_total: float  # the other way round
+    target_share: float  # of the running sequences' pages, to be on the device
+    actual_share: float  # that are there
+    max_running: int  # sequences that may run
+    limit_reason: str  # why not more
+    reason: str  # why the share is what it is
+    message: str  # the same in a sentence with numbers
+    num_changes_total: dict[str, int]  # of the target share, by reason
+
+
+class NodeStats(msgspec.Struct, frozen=True, kw_only=True):
+    """Of a memory node that holds host pages."""
+
+    name: str
+    tier: str
+    emulated: bool
+    bandwidth: float  # bytes a second that it can be read at
+    capacity_bytes: int  # for KV
+    read_bytes_total: int  # of KV
+    delayed_s_total: float  # that emulation held threads up
+    num_pieces: tuple[int, ...]  # by role: index, v_sums, k, v
+
+
+class MigrationStats(msgspec.Struct, frozen=True, kw_only=True):
+    """Pieces of pages that went from one memory node to another."""
+
+    source: str
+    target: str
+    reason: str
+    num_total: int
+
+
 class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
     """Counts since the engine started (num_x_total) and as of the last step (the rest)."""
 
@@ -232,6 +270,9 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
     num_prompt_tokens_total: int = 0  # prompt tokens computed or found
     num_generated_tokens_total: int = 0
     last_step_tokens: int = 0  # tokens in the last forward pass
+    balance: BalanceStats | None = None  # None: device and host are not processors of their own
+    nodes: tuple[NodeStats, ...] = ()  # memory nodes that hold host pages
+    migrations: tuple[MigrationStats, ...] = ()  # between them
 
 
 class Ready(msgspec.Struct, frozen=True, kw_only=True, tag="ready"):
@@ -260,5 +301,17 @@ class Failed(msgspec.Struct, frozen=True, kw_only=True, tag="failed"):
     message: str
 
 
-ToEngine = Request | Abort | AbortChoice | Shutdown
-FromEngine = Ready | Outputs | Failed
+class Explain(msgspec.Struct, frozen=True, kw_only=True, tag="explain"):
+    """Ask where a host page lies and why; of all of them together, without a page. Answered by Explanation."""
+
+    id: str
+    page: int | None = None
+
+
+class Explanation(msgspec.Struct, frozen=True, kw_only=True, tag="explanation"):
+    id: str  # of the question
+    lines: tuple[str, ...]
+
+
+ToEngine = Request | Abort | AbortChoice | Explain | Shutdown
+FromEngine = Ready | Outputs | Explanation | Failed

@@ -8,6 +8,7 @@ from torch import Tensor
 from hybridgen.engine.batch import BatchBuilder
 from hybridgen.engine.kv_store import KVStore, RetainedMass
 from hybridgen.engine.model import Decoder
+from hybridgen.kernels.page_memory import NodeReads
 from hybridgen.scheduler.step import Step
 
 
@@ -19,6 +20,7 @@ class ModelRunner:
         self._store = store
         self._device = device
         self._builder = BatchBuilder(device)
+        self.reads: NodeReads | None = None  # of the last step
 
     def run(
         self,
@@ -40,7 +42,7 @@ class ModelRunner:
             logits [sequences with samples, vocab], in the step's order, and for each key in `score_all` that the
             step holds the hidden states [its tokens, embed] of all its positions, for `logits`.
         """
-        self._store.carry_out(step.moves)
+        self._store.begin_step(step)
         batch = self._builder.build(step, known, prompt_lens)
         attention = self._store.attention(batch)
         rows: list[int] = []
@@ -59,10 +61,15 @@ class ModelRunner:
             begin = end
         wanted = torch.tensor(rows, dtype=torch.int64, device=self._device)
         hidden = self._decoder.forward(batch.tokens, batch.positions, batch.prompt_lens, attention, wanted)
-        self._store.end_step()
+        self.reads = self._store.end_step()
         if not scored:
             return self._decoder.logits(hidden), {}
         return self._decoder.logits(hidden[sampled]), {key: hidden[span] for key, span in scored.items()}
+
+    @property
+    def store(self) -> KVStore:
+        """To read clocks and counts from."""
+        return self._store
 
     @property
     def retained(self) -> RetainedMass:

@@ -79,12 +79,15 @@ def allocate_index(layout: KVLayout, num_pages: int) -> KVIndex:
     Raises:
         OSError: the address space or the overcommit limit does not allow it.
     """
+    codes, sums = index_shapes(layout)
+    return KVIndex(map_zeros((num_pages, *codes), torch.uint8), map_zeros((num_pages, *sums), torch.float32))
+
+
+def index_shapes(layout: KVLayout) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Of one page: the codes of K in uint8, the sums of V in float32."""
+    heads = (layout.num_layers, layout.num_kv_heads)
     groups = layout.page_size // GROUP_TOKENS
-    heads = (num_pages, layout.num_layers, layout.num_kv_heads)
-    return KVIndex(
-        map_zeros((*heads, groups, _cpu.index_group_bytes(layout.head_dim)), torch.uint8),
-        map_zeros((*heads, layout.head_dim), torch.float32),
-    )
+    return (*heads, groups, _cpu.index_group_bytes(layout.head_dim)), (*heads, layout.head_dim)
 
 
 def build_index(

@@ -42,6 +42,7 @@ class PageMemory:
 
     Attributes:
         num_pages: of the tier.
+        has_heat: whether `mass` and `tokens` are kept.
         labels: uint8 [4, num_pages]  the node of each role of each page. Not to be changed while attention is in
             flight.
         mass: float32 [num_pages]  softmax mass that was read of a page, averaged over the query heads of a KV head and
@@ -52,17 +53,20 @@ class PageMemory:
         ValueError: there are no nodes, or more than 32.
     """
 
-    def __init__(self, num_pages: int, speeds: Sequence[NodeSpeed] = (NodeSpeed(),)) -> None:
+    def __init__(
+        self, num_pages: int, speeds: Sequence[NodeSpeed] = (NodeSpeed(),), *, with_heat: bool = True
+    ) -> None:
         self.labels: npt.NDArray[np.uint8] = np.zeros((len(ROLES), num_pages), dtype=np.uint8)
         self._heat: npt.NDArray[np.float32] = np.zeros((2, num_pages), dtype=np.float32)
         self.mass: npt.NDArray[np.float32] = self._heat[0]
         self.tokens: npt.NDArray[np.float32] = self._heat[1]
         self.num_pages = num_pages
+        self.has_heat = with_heat
         self.num_nodes = len(speeds)
         self.handle = _cpu.PageMemory(
             num_pages,
             self.labels.ctypes.data,
-            self._heat.ctypes.data,
+            self._heat.ctypes.data if with_heat else 0,
             [speed.bandwidth for speed in speeds],
             [speed.latency_s for speed in speeds],
         )

@@ -75,7 +75,7 @@ class AttentionPool:
             if nodes is not None:
                 raise ValueError("nodes are given for given CPUs")
             by_core = cores(os.sched_getaffinity(0), node_of)
-            cpus = [cpu for core in zip_longest(*by_core) for cpu in core if cpu is not None]
+            cpus = _core_by_core(by_core)
             default_threads = min(len(by_core), allowed_cpus())
         else:
             default_threads = len(cpus)
@@ -100,6 +100,13 @@ class AttentionPool:
         self.num_groups = len(self.nodes)
         self.isa = select_isa(isa)
         self.handle = _cpu.Pool(self.cpus, [self.nodes.index(node) for node, _ in places], self.isa)
+
+    @staticmethod
+    def default_cpus() -> tuple[int, ...]:
+        """The CPUs that this process may use, one of each core first, and taking turns between the NUMA nodes, as many
+        as its cgroup's quota allows threads."""
+        by_core = cores(os.sched_getaffinity(0), node_of_cpus())
+        return tuple(_core_by_core(by_core)[: min(len(by_core), allowed_cpus())])
 
     def stats(self) -> PoolStats:
         stats = self.handle.stats()
@@ -154,3 +161,8 @@ class AttentionPool:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def _core_by_core(by_core: Sequence[Sequence[int]]) -> list[int]:
+    """The first CPU of each core, then the second ones."""
+    return [cpu for turn in zip_longest(*by_core) for cpu in turn if cpu is not None]

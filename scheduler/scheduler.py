@@ -119,6 +119,8 @@ class Scheduler:
         self._waiting: list[_Sequence] = []
         self._parked: list[_Sequence] = []  # preempted, waiting with pages
         self._held_back: dict[int, list[_Sequence]] = {}  # by the key they wait for
+        self._max_running = max_num_seqs
+        self._heat: Mapping[int, float] = {}
         self._num_arrivals = 0
         self.num_preemptions_total = 0
         self.num_prefix_queries_total = 0  # tokens looked up, once for each sequence
@@ -221,6 +223,21 @@ class Scheduler:
         as there are pages that nobody holds; those that it shares stay where they are.
         """
         self._sequences[key].split = num_device_pages
+
+    def has(self, key: int) -> bool:
+        """Whether there is a sequence of this key."""
+        return key in self._sequences
+
+    def limit_running(self, max_running: int) -> None:
+        """Admit no sequence beyond this many; those that run go on. Never less than one, nor more than `max_num_seqs`."""
+        self._max_running = max(1, min(max_running, self._max_num_seqs))
+
+    def set_heat(self, heat: Mapping[int, float]) -> None:
+        """Which host pages are hot: page id to softmax mass for all readers. Pages that are not named are cold.
+
+        Of a sequence's host pages the hottest come back to the device first, and the most recent of those alike.
+        """
+        self._heat = heat
 
     def schedule(self) -> Step:
         """Choose the next step. It is empty only when there are no sequences."""
@@ -384,11 +401,11 @@ class Scheduler:
         Only the first chunk's pages are taken now. The wider look keeps a prompt from being computed by
         halves, preempted for the next page of an older sequence, and computed again.
         """
-        if budget == 0 or not self._waiting or len(self._running) >= self._max_num_seqs:
+        if budget == 0 or not self._waiting or len(self._running) >= self._max_running:
             return
         pool = self._pool
         owed = sum(max(0, self._num_pages_soon(seq) - len(seq.table.pages)) for seq in self._running)
-        while budget > 0 and self._waiting and len(self._running) < self._max_num_seqs:
+        while budget > 0 and self._waiting and len(self._running) < self._max_running:
             seq = self._waiting[0]
             num_soon = self._num_pages_soon(seq)
             if num_soon - len(seq.table.pages) > 0 and owed >= pool.num_reclaimable:
@@ -498,7 +515,7 @@ class Scheduler:
         for seq in self._running:
             # Back from preemption a sequence gets as many device pages as it had; prefix hits stay where they are.
             wanted = seq.num_device_before if seq.split is None else seq.split
-            self._promote_recent(seq, wanted - seq.table.num_device_pages)
+            self._promote_hottest(seq, wanted - seq.table.num_device_pages)
             seq.num_device_before = 0
 
     def _demote_oldest(self, seq: _Sequence, num_pages: int) -> None:
@@ -512,8 +529,9 @@ class Scheduler:
         for page in movable[:num_pages]:
             pool.demote(page)
 
-    def _promote_recent(self, seq: _Sequence, num_pages: int) -> None:
-        """Move up to so many of its host pages, the most recent first, to device pages that nobody holds.
+    def _promote_hottest(self, seq: _Sequence, num_pages: int) -> None:
+        """Move up to so many of its host pages, the hottest and then the most recent first, to device pages that nobody
+        holds.
 
         One such page for each running sequence is left to grow into.
         """
@@ -522,6 +540,7 @@ class Scheduler:
         if num_pages <= 0:
             return
         movable = [page for page in seq.table.pages if not pool.is_on_device(page) and len(page.holders) == 1]
+        movable.sort(key=lambda page: self._heat.get(page.id, 0.0))  # stable: those alike stay in their order
         for page in movable[-num_pages:]:
             if not pool.num_free_device:
                 pool.reclaim_cached()

@@ -71,6 +71,17 @@ def _parser() -> argparse.ArgumentParser:
     )
     topology.set_defaults(run=_topology)
 
+    pages = commands.add_parser("map", help="where a server's KV pages lie, and why", allow_abbrev=False)
+    pages.description = "Show what a running server's memory nodes hold, and what a step reads of each."
+    pages.add_argument("--url", default=DEFAULT_URL, help="the server's address (default: %(default)s)")
+    pages.add_argument(
+        "--explain", type=int, metavar="PAGE", help="a host page, counted from 0: where it lies, and why"
+    )
+    pages.add_argument(
+        "--api-key", metavar="KEY", help="key to send (default: the first in HYBRIDGEN_API_KEY)"
+    )
+    pages.set_defaults(run=_map)
+
     bench = commands.add_parser("bench", help="measure a server", allow_abbrev=False)
     kinds = bench.add_subparsers(metavar="KIND", required=True)
     load = kinds.add_parser(
@@ -198,6 +209,12 @@ def _bench_serve(arguments: argparse.Namespace) -> int:
         temperature=arguments.temperature,
     )
     return bench_serve(load, api_key=arguments.api_key, save_result=arguments.save_result)
+
+
+def _map(arguments: argparse.Namespace) -> int:
+    from hybridgen.server.placement import placement
+
+    return placement(url=arguments.url, page=arguments.explain, api_key=arguments.api_key)
 
 
 def _topology(arguments: argparse.Namespace) -> int:

@@ -24,7 +24,7 @@ from prometheus_client.core import (
 )
 from prometheus_client.registry import Collector
 
-from hybridgen.engine.request import EngineStats, FinishReason
+from hybridgen.engine.request import BalanceStats, EngineStats, FinishReason
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
@@ -77,7 +77,7 @@ class MonotonicStats:
         self._base: dict[str, float] = {}
         self._last: dict[str, float] = {}
 
-    def total(self, stats: EngineStats, name: str) -> float:
+    def total(self, stats: EngineStats | BalanceStats, name: str) -> float:
         value: float = getattr(stats, name)
         last = self._last.get(name, 0)
         if value < last:
@@ -270,6 +270,9 @@ class Metrics(Collector):
         )
         yield retained
 
+        yield from self._balance_metrics(stats.balance, names, values)
+        yield from self._node_metrics(stats, names, values)
+
         finished = CounterMetricFamily(
             "vllm:request_success", "Finished choices by reason.", labels=[*names, "finished_reason"]
         )
@@ -281,3 +284,88 @@ class Metrics(Collector):
         yield self.inter_token_latency.collect(self._labels)
         yield self.time_per_output_token.collect(self._labels)
         yield self.e2e_latency.collect(self._labels)
+
+    def _balance_metrics(
+        self, balance: BalanceStats | None, names: list[str], values: list[str]
+    ) -> Iterator[Metric]:
+        """Of the split between device and host; none where one pool attends both."""
+        if balance is None:
+            return
+        seconds = CounterMetricFamily(
+            "hybridgen:attention_seconds",
+            "Time that each side's part of attention took.",
+            labels=[*names, "side"],
+        )
+        waits = CounterMetricFamily(
+            "hybridgen:attention_wait_seconds",
+            "Time that a side had its part of attention and waited for the other's.",
+            labels=[*names, "side"],
+        )
+        for side in ("device", "host"):
+            seconds.add_metric([*values, side], self._totals.total(balance, f"{side}_s_total"))
+            waits.add_metric([*values, side], self._totals.total(balance, f"{side}_wait_s_total"))
+        yield seconds
+        yield waits
+        share = GaugeMetricFamily(
+            "hybridgen:device_share",
+            "Share of the running sequences' KV pages that is to be on the device, and that is.",
+            labels=[*names, "kind"],
+        )
+        share.add_metric([*values, "target"], balance.target_share)
+        share.add_metric([*values, "actual"], balance.actual_share)
+        yield share
+        why = GaugeMetricFamily(
+            "hybridgen:device_share_reason",
+            "1 for the reason of the last decision.",
+            labels=[*names, "reason"],
+        )
+        why.add_metric([*values, balance.reason], 1)
+        yield why
+        changes = CounterMetricFamily(
+            "hybridgen:device_share_changes", "Changes of the share aimed at.", labels=[*names, "reason"]
+        )
+        for reason, count in sorted(balance.num_changes_total.items()):
+            changes.add_metric([*values, reason], count)
+        yield changes
+        limit = GaugeMetricFamily(
+            "hybridgen:max_running_sequences",
+            "Sequences that may run, and why not more.",
+            labels=[*names, "reason"],
+        )
+        limit.add_metric([*values, balance.limit_reason], balance.max_running)
+        yield limit
+
+    def _node_metrics(self, stats: EngineStats, names: list[str], values: list[str]) -> Iterator[Metric]:
+        """Of the memory nodes that hold host pages; emulated ones say so."""
+        labels = [*names, "node", "tier", "emulated"]
+        read = CounterMetricFamily(
+            "hybridgen:node_read_bytes", "KV read by the host's threads.", labels=labels
+        )
+        bandwidth = GaugeMetricFamily(
+            "hybridgen:node_bandwidth_bytes",
+            "Bytes a second that the node can be read at; as measured, or as emulated.",
+            labels=labels,
+        )
+        delayed = CounterMetricFamily(
+            "hybridgen:node_delayed_seconds", "Time that emulation held threads up.", labels=labels
+        )
+        pieces = GaugeMetricFamily(
+            "hybridgen:node_pieces", "Pieces of host pages on the node, by role.", labels=[*labels, "role"]
+        )
+        for node in stats.nodes:
+            of_node = [*values, node.name, node.tier, str(node.emulated).lower()]
+            read.add_metric(of_node, node.read_bytes_total)
+            if len(stats.nodes) > 1:  # one alone is not measured
+                bandwidth.add_metric(of_node, node.bandwidth)
+            delayed.add_metric(of_node, node.delayed_s_total)
+            for role, count in zip(("index", "v_sums", "k", "v"), node.num_pieces, strict=True):
+                pieces.add_metric([*of_node, role], count)
+        yield from (read, bandwidth, delayed, pieces)
+        migrated = CounterMetricFamily(
+            "hybridgen:migrated_pieces",
+            "Pieces of host pages moved between memory nodes.",
+            labels=[*names, "source", "target", "reason"],
+        )
+        for move in stats.migrations:
+            migrated.add_metric([*values, move.source, move.target, move.reason], move.num_total)
+        yield migrated

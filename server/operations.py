@@ -1,6 +1,8 @@
 """What operators and their machines ask: is it alive, is it ready, what version, what do the counters say."""
 
-from fastapi import APIRouter
+from typing import Annotated
+
+from fastapi import APIRouter, Query
 from starlette.responses import Response
 
 import hybridgen
@@ -8,7 +10,7 @@ from hybridgen.server.formatting import json_response
 from hybridgen.server.metrics import CONTENT_TYPE
 from hybridgen.server.middleware import unavailable
 from hybridgen.server.openapi import answers, errors
-from hybridgen.server.protocol import Status, Version
+from hybridgen.server.protocol import PlacementText, Status, Version
 from hybridgen.server.service import Service
 
 
@@ -43,6 +45,11 @@ def routes(service: Service) -> APIRouter:
     @router.get("/version", responses=answers(Version, 401))
     async def version() -> Response:
         return json_response(Version(version=hybridgen.__version__))
+
+    @router.get("/placement", responses=answers(PlacementText, 400, 401, 503))
+    async def placement(page: Annotated[int | None, Query(ge=0)] = None) -> Response:
+        """On which memory node a host page's keys, values and index lie, and why; without `page`, the whole."""
+        return json_response(PlacementText(lines=await service.engine.explain(page)))
 
     @router.get(
         "/metrics",

@@ -448,5 +448,11 @@ class Version(msgspec.Struct, frozen=True, kw_only=True):
     version: str
 
 
+class PlacementText(msgspec.Struct, frozen=True, kw_only=True):
+    """Where host pages lie, and why, for people to read."""
+
+    lines: tuple[str, ...]
+
+
 class Status(msgspec.Struct, frozen=True, kw_only=True):
     status: str

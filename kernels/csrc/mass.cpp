@@ -333,6 +333,9 @@ void MassStep::Work::count_tokens(Reading& reading, const Pair& pair, const int3
   const int32_t page_size = step.layout_.page_size;
   const int64_t row_bytes = step.layout_.head_dim * dtype_bytes(step.layout_.dtype);
   const bool has_heat = step.memory_->has_heat();
+  if (!has_heat && step.memory_->num_nodes() == 1 && num > 0) {  // wherever they lie
+    return reading.add(Role::k, pair.sequence->pages[0], 2 * num * row_bytes);
+  }
   for (int32_t i = 0; i < num;) {
     const int32_t page = (tokens == nullptr ? first + i : tokens[i]) / page_size;
     float mass = 0;

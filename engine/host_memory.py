@@ -1,0 +1,362 @@
+"""The host's KV pages on the machine's memory nodes: carries out what a placement rule decides. Decides nothing.
+
+A page's roles (index, V sums, K, V) are pieces of four arenas, whose addresses never change; which node a piece lies on
+does. New pages are bound before they are written. Between steps the rule learns what was read, and its migrations are
+made by a thread of their own while the next steps run: the kernel moves pages under their readers.
+
+An emulated node is made of the first DRAM node's memory. Its pages are labelled, and reading them is slowed down.
+"""
+
+import logging
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from hybridgen.kernels.arena import Arena, stride_bytes
+from hybridgen.kernels.attention import KVPages, allocate_pages
+from hybridgen.kernels.index import KVIndex, index_shapes
+from hybridgen.kernels.layout import KVLayout
+from hybridgen.kernels.memory import NodeFull, NodeUnavailable
+from hybridgen.kernels.page_memory import NodeReads, NodeSpeed, PageMemory
+from hybridgen.scheduler.machine import MemoryNode, Role
+from hybridgen.scheduler.mapper import SemanticMapper
+from hybridgen.scheduler.placements import (
+    ROLES,
+    FirstTouch,
+    Migration,
+    PageReads,
+    PageShape,
+    PaperRule,
+    ReadPattern,
+    RecencyRule,
+    RuleBase,
+    WeightedInterleave,
+)
+
+logger = logging.getLogger(__name__)
+
+FIRST_EMULATED_ID = 1000  # numbers of emulated nodes; the kernel's are below
+OBSERVED_STEPS = 8  # from one look at what was read to the next
+
+RULES: dict[str, type[RuleBase]] = {
+    "mapper": SemanticMapper,
+    "paper": PaperRule,
+    "first-touch": FirstTouch,
+    "interleave": WeightedInterleave,
+    "recency": RecencyRule,
+}
+# What a policy is expected to read of a page, until it has been measured.
+PATTERNS = {
+    "exact": ReadPattern(0.0, 0.0, 1.0, 1.0),
+    "mass": ReadPattern(1.0, 0.05, 0.2, 0.2),
+    "hybridgen": ReadPattern(0.0, 0.0, 1.0, 0.05),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryCounts:
+    """Of all steps so far.
+
+    Attributes:
+        read_bytes, delayed_s: by position of the node: bytes of KV read; what emulation held threads up.
+        pages: pieces of each role by node, [roles][nodes].
+        migrated: (source, target, reason) to pieces moved.
+        failed: pieces that the kernel would not move.
+    """
+
+    read_bytes: tuple[int, ...]
+    delayed_s: tuple[float, ...]
+    pages: tuple[tuple[int, ...], ...]
+    migrated: Mapping[tuple[int, int, str], int]
+    failed: int
+
+
+def page_shape(layout: KVLayout, *, with_index: bool) -> PageShape:
+    """Bytes that each role of a host page takes in its arena, padding included."""
+    half = stride_bytes(layout.page_bytes // 2)
+    if not with_index:
+        return PageShape(0, 0, half, half)
+    codes, sums = index_shapes(layout)
+    return PageShape(stride_bytes(int(np.prod(codes))), stride_bytes(4 * int(np.prod(sums))), half, half)
+
+
+class HostMemory:
+    """The host tier's pages, [0, num_pages), and where they lie.
+
+    With one node there is nothing to decide: pages come as the system gives them, and only what is read is counted.
+
+    Args:
+        nodes: that hold pages, DRAM first; emulated ones have numbers from FIRST_EMULATED_ID on.
+        rule: a name of `RULES`.
+        policy: a name of `PATTERNS`.
+        migration_bytes: most to be moved at a time.
+
+    Attributes:
+        pages: to be attended.
+
+    Raises:
+        ValueError: the nodes have no room for the pages.
+        OSError: the address space or the overcommit limit does not allow it.
+    """
+
+    def __init__(
+        self,
+        layout: KVLayout,
+        num_pages: int,
+        nodes: Sequence[MemoryNode],
+        *,
+        with_index: bool,
+        rule: str,
+        policy: str,
+        migration_bytes: int,
+    ) -> None:
+        self.nodes = tuple(nodes)
+        self.layout = layout
+        self._migration_bytes = migration_bytes
+        self._position = {node.id: position for position, node in enumerate(nodes)}
+        speeds = [
+            NodeSpeed(node.read_bandwidth, node.latency_s) if node.emulated else NodeSpeed() for node in nodes
+        ]
+        self.memory = PageMemory(num_pages, speeds, with_heat=with_index or policy == "hybridgen")
+        self._arenas: dict[Role, Arena] = {}
+        self._rule: RuleBase | None = None
+        self._is_placed = np.zeros(num_pages, dtype=bool)
+        if len(nodes) == 1 or num_pages == 0:
+            pages = allocate_pages(layout, num_pages, with_index=with_index)
+            self.pages = KVPages(layout, pages.k, pages.v, pages.index, self.memory)
+        else:
+            shape = page_shape(layout, with_index=with_index)
+            room, wanted = sum(node.capacity_bytes for node in nodes), sum(shape.role_bytes) * num_pages
+            if room < wanted:
+                raise ValueError(
+                    f"{num_pages} host pages take {wanted} bytes; the memory nodes have room for {room}"
+                )
+            self._rule = RULES[rule](nodes, shape, PATTERNS[policy], num_pages)
+            self.pages = self._allocate(layout, num_pages, with_index)
+        self._home = next(node.id for node in nodes if not node.emulated)
+        self._num_steps = 0
+        self._num_reads = np.zeros(
+            num_pages
+        )  # readers of each page, summed over the steps since the last look
+        self._read_bytes = np.zeros(len(nodes), dtype=np.int64)
+        self._delayed_s = np.zeros(len(nodes))
+        self._migrated: dict[tuple[int, int, str], int] = defaultdict(int)
+        self._num_failed = 0
+        self._mover = ThreadPoolExecutor(1, "kv-migrations") if self._rule is not None else None
+        self._moving: tuple[tuple[Migration, ...], Future[frozenset[tuple[int, Role]]]] | None = None
+
+    def _allocate(self, layout: KVLayout, num_pages: int, with_index: bool) -> KVPages:
+        physical = sorted({node.id for node in self.nodes if not node.emulated})
+        half = layout.shape(num_pages)[1:]
+
+        def arena(role: Role, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+            made = Arena(num_pages, shape, dtype, name=f"host {role}", nodes=physical)
+            made.lock()
+            self._arenas[role] = made
+            return made.pages
+
+        k, v = arena(Role.K, half, layout.dtype), arena(Role.V, half, layout.dtype)
+        index = None
+        if with_index:
+            codes, sums = index_shapes(layout)
+            index = KVIndex(arena(Role.INDEX, codes, torch.uint8), arena(Role.V_SUMS, sums, torch.float32))
+        return KVPages(layout, k, v, index, self.memory)
+
+    @property
+    def rule(self) -> RuleBase | None:
+        """None where there is one node only."""
+        return self._rule
+
+    @property
+    def arenas(self) -> Mapping[Role, Arena]:
+        """Empty where there is one node only."""
+        return self._arenas
+
+    def prepare(self, pages: Sequence[int], *, coming: int = 0) -> None:
+        """Give pages that are about to be overwritten their nodes.
+
+        Args:
+            coming: pages that are known to follow soon.
+
+        Raises:
+            NodeFull: no node has memory left for them, whatever their capacities say.
+        """
+        rule = self._rule
+        if rule is None or not pages:
+            return
+        if self._moving is not None and {move.page for move in self._moving[0]} & set(pages):
+            self._finish_moves(wait=True)
+        again = [page for page in pages if self._is_placed[page]]
+        if again:
+            rule.release(again)
+        self._is_placed[pages] = True
+        nodes = rule.place(pages, coming=coming)
+        for column, role in enumerate(ROLES):
+            if role not in self._arenas:
+                continue
+            by_node: dict[int, list[int]] = defaultdict(list)
+            for page, of_roles in zip(pages, nodes, strict=True):
+                by_node[of_roles[column]].append(page)
+            for node, those in by_node.items():
+                self._bind(role, those, node)
+
+    def _bind(self, role: Role, pages: Sequence[int], node: int) -> None:
+        """Have the pages' memory on a node; where it has none left although its capacity says so, on another one."""
+        rule, arena = self._rule, self._arenas[role]
+        assert rule is not None
+        try:
+            self._bind_on(arena, pages, node)
+        except (NodeFull, NodeUnavailable) as error:
+            position = self._position[node]
+            # What it holds is what it can hold: the rule asks it for no more.
+            rule.books.capacity[position] = rule.books.used[position]
+            others = [other for other in self.nodes if other.id != node and not other.emulated]
+            for other in sorted(others, key=lambda other: rule.books.used[self._position[other.id]]):
+                free = (
+                    rule.books.capacity[self._position[other.id]] - rule.books.used[self._position[other.id]]
+                )
+                if free < arena.stride_bytes * len(pages):
+                    continue
+                try:
+                    arena.bind(pages, other.id)
+                except (NodeFull, NodeUnavailable):
+                    continue
+                logger.warning("%s; %d pieces went to %s", error, len(pages), other.name)
+                for page in pages:
+                    rule.books.move(page, role, node, other.id)
+                node = other.id
+                break
+            else:
+                raise
+        self.memory.labels[ROLES.index(role), pages] = self._position[node]
+
+    def _bind_on(self, arena: Arena, pages: Sequence[int], node: int) -> None:
+        if len(arena.nodes) > 1:
+            arena.bind(pages, self._home if node >= FIRST_EMULATED_ID else node)
+
+    def begin_step(self, tables: Sequence[Sequence[int]]) -> None:
+        """A step reads these sequences' host pages."""
+        for pages in tables:
+            np.add.at(self._num_reads, np.asarray(pages, dtype=np.int64), 1)
+
+    def end_step(self) -> NodeReads:
+        """Learn from the step's reads; begin migrations that are worth it. Returns what the step read of each node."""
+        reads = self.memory.take_reads()
+        self._read_bytes += reads.bytes
+        self._delayed_s += reads.delayed_s
+        self._num_steps += 1
+        if self._num_steps % OBSERVED_STEPS == 0:
+            self._look()
+        return reads
+
+    def _look(self) -> None:
+        rule = self._rule
+        if rule is not None:
+            self._finish_moves(wait=False)
+            placed = np.flatnonzero(self._is_placed)
+            # Pages that were read in none of these steps wait, or are cached.
+            readers = np.rint(self._num_reads[placed] / OBSERVED_STEPS).astype(np.int32)
+            rule.set_readers(placed, readers)  # type: ignore[arg-type]
+            rule.observe(self._page_reads(placed[self._num_reads[placed] > 0]))
+            if self._moving is None:
+                migrations = rule.plan(self._migration_bytes)
+                if migrations and self._mover is not None:
+                    self._moving = migrations, self._mover.submit(self._move, migrations)
+        self._num_reads[:] = 0
+        self.memory.clear_heat()
+
+    def _page_reads(self, pages: npt.NDArray[np.int64]) -> PageReads:
+        if not self.memory.has_heat:
+            return PageReads(pages)
+        # Added up over layers, KV heads, readers and steps.
+        num_heads = self.layout.num_layers * self.layout.num_kv_heads
+        times = self._num_reads[pages] * num_heads
+        share = np.minimum(1.0, self.memory.tokens[pages] / (times * self.layout.page_size))
+        mass = np.minimum(1.0, self.memory.mass[pages] / times)
+        # Only V is read sparsely where there is no index to tell which keys matter.
+        return PageReads(pages, share if self.pages.index is not None else None, share, mass)
+
+    def heat(self) -> Mapping[int, float]:
+        """Host pages to the mass that they held for all their readers, as far as it was measured."""
+        if self._rule is None:
+            return {}
+        books = self._rule.books
+        pages = np.flatnonzero(self._is_placed & (books.readers > 0) & (books.hotness > 0))
+        return dict(zip(pages.tolist(), (books.hotness[pages] * books.readers[pages]).tolist(), strict=True))
+
+    def _move(self, migrations: Sequence[Migration]) -> frozenset[tuple[int, Role]]:
+        """In the mover's thread: returns the pieces that could not be moved."""
+        failed: set[tuple[int, Role]] = set()
+        batches: dict[tuple[Role, int], list[int]] = defaultdict(list)
+        for move in migrations:
+            ids = [self._home if node >= FIRST_EMULATED_ID else node for node in (move.source, move.target)]
+            if ids[0] != ids[1]:
+                batches[move.role, ids[1]].append(move.page)
+        for (role, node), pages in batches.items():
+            try:
+                failed |= {(page, role) for page in self._arenas[role].migrate(pages, node).failed}
+            except NodeUnavailable as error:
+                logger.warning("%s", error)
+                failed |= {(page, role) for page in pages}
+        return frozenset(failed)
+
+    def _finish_moves(self, *, wait: bool) -> None:
+        """Write down what the mover has done, if it has."""
+        if self._moving is None or not (wait or self._moving[1].done()):
+            return
+        migrations, future = self._moving
+        failed = future.result()
+        self._moving = None
+        assert self._rule is not None
+        made = [move for move in migrations if (move.page, move.role) not in failed]
+        self._rule.apply(made)
+        for move in made:
+            self.memory.labels[ROLES.index(move.role), move.page] = self._position[move.target]
+            self._migrated[move.source, move.target, move.reason] += 1
+        self._num_failed += len(failed)
+        if made:
+            logger.debug("%d pieces migrated, %d could not be", len(made), len(failed))
+
+    def counts(self) -> MemoryCounts:
+        pages = self.memory.labels[:, self._is_placed]
+        return MemoryCounts(
+            tuple(self._read_bytes.tolist()),
+            tuple(self._delayed_s.tolist()),
+            tuple(tuple(np.bincount(row, minlength=len(self.nodes)).tolist()) for row in pages),
+            dict(self._migrated),
+            self._num_failed,
+        )
+
+    def explain(self, page: int | None) -> tuple[str, ...]:
+        """Lines that say where a page lies and why; of the whole, without one."""
+        rule = self._rule
+        if rule is None:
+            return (f"all host pages lie on {self.nodes[0].name}, the only memory node",)
+        if page is not None and not 0 <= page < self.memory.num_pages:
+            return (f"there is no host page {page}; they are 0 to {self.memory.num_pages - 1}",)
+        if isinstance(rule, SemanticMapper):
+            return rule.describe() if page is None else rule.explain(page)
+        labels = self.memory.labels
+        names = [node.name for node in self.nodes]
+        if page is None:
+            columns = range(len(ROLES))
+            return tuple(
+                f"{ROLES[c]}: " + ", ".join(f"{n} on {name}" for n, name in zip(row, names, strict=True))
+                for c, row in zip(columns, self.counts().pages, strict=True)
+            )
+        return tuple(
+            f"{role}: {names[labels[column, page]]}"
+            for column, role in enumerate(ROLES)
+            if role in self._arenas
+        )
+
+    def close(self) -> None:
+        """Wait for migrations under way; there will be no others."""
+        self._finish_moves(wait=True)
+        if self._mover is not None:
+            self._mover.shutdown()
