@@ -141,9 +141,9 @@ class Arena:
     def _populate(self, pages: Sequence[int], node: int, *, huge: bool = True) -> list[int]:
         """Zeros on a node in place of what the pages held; those of them that the node had no room for.
 
-        Preferred, then verified: the kernel takes another node's memory where this one's has run out, instead of killing
-        somebody for it. The policy goes again, since each range that differs from the next costs one of the process's
-        65,530 mappings.
+        Preferred, then verified: the kernel takes another node's memory where this one's has run out, instead of
+        killing somebody for it. The policy goes again, since each range that differs from the next costs one of the
+        process's 65,530 mappings.
         """
         for begin, end in _runs(pages):
             address, num_bytes = self._range(begin, end)
