@@ -21,6 +21,7 @@ from hybridgen.kernels.memory import (
     NodeUnavailable,
     PlacementForbidden,
     Policy,
+    advise_huge,
     discard,
     lock_on_fault,
     map_bytes,
@@ -35,6 +36,8 @@ _log = logging.getLogger(__name__)
 
 # Rounding a piece up to huge pages may waste this much of it.
 _MOST_PADDING = 1 / 16
+# What may lie on other nodes for a moment while a full one is made to take it.
+_POPULATE_BYTES = 64 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,26 +125,43 @@ class Arena:
         elsewhere = self._pages_not_on(pages, node)
         if not elsewhere:
             return
-        # Preferred, then verified: the kernel takes another node's memory where this one's has run out, instead of
-        # killing somebody for it. The policy goes again, since each range that differs from the next costs one of the
-        # process's 65,530 mappings.
-        for begin, end in _runs(elsewhere):
+        asked_bytes = len(elsewhere) * self.stride_bytes
+        step = max(1, _POPULATE_BYTES // self.stride_bytes)
+        for first in range(0, len(elsewhere), step):
+            left = self._populate(elsewhere[first : first + step], node)
+            if left and self.huge:
+                # The kernel does not drop files' cached pages for the sake of a huge page; for small ones it does.
+                left = self._populate(left, node, huge=False)
+            if left:
+                missing = (len(left) + len(elsewhere[first + step :])) * self.stride_bytes
+                for begin, end in _runs(elsewhere):
+                    discard(*self._range(begin, end))
+                raise NodeFull(self.name, node, asked_bytes, missing, free_bytes(node))
+
+    def _populate(self, pages: Sequence[int], node: int, *, huge: bool = True) -> list[int]:
+        """Zeros on a node in place of what the pages held; those of them that the node had no room for.
+
+        Preferred, then verified: the kernel takes another node's memory where this one's has run out, instead of
+        killing somebody for it. The policy goes again, since each range that differs from the next costs one of the
+        process's 65,530 mappings.
+        """
+        for begin, end in _runs(pages):
             address, num_bytes = self._range(begin, end)
             discard(address, num_bytes)
+            if not huge:
+                advise_huge(address, num_bytes, huge=False)
             set_policy(address, num_bytes, Policy.PREFERRED, [node])
             try:
                 populate(address, num_bytes)
             finally:
                 set_policy(address, num_bytes, *self._policy)
-        # Where files' cached pages fill the node, moving has the kernel drop them; touching had it look elsewhere.
-        addresses = self._addresses(elsewhere)
-        move_to(addresses, node)
+        # Moving has the kernel drop files' cached pages that fill the node; touching had it look elsewhere.
+        move_to(self._addresses(pages), node)
+        if not huge:
+            for begin, end in _runs(pages):
+                advise_huge(*self._range(begin, end), huge=True)
         # Counted, not believed: a huge page of zeros that cannot be moved is split and dropped (Linux 6.12).
-        missing = int(np.count_nonzero(page_nodes(addresses) != node)) * PAGE_BYTES
-        if missing:
-            for begin, end in _runs(elsewhere):
-                discard(*self._range(begin, end))
-            raise NodeFull(self.name, node, len(elsewhere) * self.stride_bytes, missing, free_bytes(node))
+        return self._pages_not_on(pages, node)
 
     def migrate(self, pages: Sequence[int], node: int) -> Migration:
         """Move pages to a node with what they hold. Other threads may read them meanwhile, and write.

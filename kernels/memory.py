@@ -82,7 +82,7 @@ def map_bytes(num_bytes: int, *, huge: bool) -> Tensor:
         return torch.zeros(0, dtype=torch.uint8)
     # Private: the kernel gives huge pages to shared mappings by another rule, which is mostly "never".
     region = mmap.mmap(-1, num_bytes + HUGE_PAGE_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    region.madvise(mmap.MADV_HUGEPAGE if huge else mmap.MADV_NOHUGEPAGE)
+    region.madvise(_huge_advice(huge))
     # Parts that are given a policy of their own, and then the common one again, become one mapping only if they were
     # touched as one before. The last byte is never part of the tensor.
     region[-1] = 0
@@ -120,6 +120,11 @@ def set_policy(address: int, num_bytes: int, policy: Policy, nodes: Sequence[int
             f"nodes {', '.join(map(str, nodes))}: no memory online that this process may use"
         )
     _raise(error)
+
+
+def advise_huge(address: int, num_bytes: int, *, huge: bool) -> None:
+    """Whether what is touched from now on comes in huge pages, where the system grants them."""
+    _raise(_cpu.advise(address, num_bytes, _huge_advice(huge)))
 
 
 def populate(address: int, num_bytes: int) -> None:
@@ -234,6 +239,10 @@ def forbidden(call: str, error: int) -> str:
         "In a container, allow it: --cap-add SYS_NICE, and a seccomp profile that has mbind and move_pages "
         "(or --security-opt seccomp=unconfined)"
     )
+
+
+def _huge_advice(huge: bool) -> int:
+    return mmap.MADV_HUGEPAGE if huge else mmap.MADV_NOHUGEPAGE
 
 
 def _raise(error: int) -> None:

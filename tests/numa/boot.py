@@ -51,13 +51,13 @@ def main() -> int:
     parser.add_argument("--keep", action="store_true", help="do not delete the disk image")
     arguments = parser.parse_args()
     scripts = arguments.scripts or sorted(FOLDER.glob("guest_*.py"))
+    CACHE.mkdir(parents=True, exist_ok=True)
     try:
         qemu, kernel, busybox = _qemu(), *_kernel_and_busybox()
     except CannotBoot as error:
         print(f"test-numa: skipped: {error}")
         return 0
     # On the checkout's file system: files are linked, not copied, where that works.
-    CACHE.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(dir=CACHE))
     try:
         begin = time.monotonic()
@@ -96,12 +96,11 @@ def _kernel_and_busybox() -> tuple[Path, Path]:
         if package is None:
             raise CannotBoot("no package of Debian's cloud kernel is known to apt")
         _unpack(package, kernel)
-        shutil.copy(next((kernel / "boot").glob("vmlinuz-*")), kernel / "vmlinuz")
+        next((kernel / "boot").glob("vmlinuz-*")).rename(kernel / "vmlinuz")
     if not busybox.exists():
-        _unpack("busybox-static", CACHE / "busybox-package")
-        found = (CACHE / "busybox-package/bin/busybox", CACHE / "busybox-package/usr/bin/busybox")
-        shutil.copy(next(path for path in found if path.exists()), busybox)
-    return kernel, busybox
+        _unpack("busybox-static", busybox)
+    found = (busybox / "bin/busybox", busybox / "usr/bin/busybox")
+    return kernel, next(path for path in found if path.exists())
 
 
 def _dependency(package: str) -> list[str]:
@@ -123,7 +122,11 @@ def _unpack(package: str, folder: Path) -> None:
             _apt("update")
             _apt("download", package, folder=Path(scratch))
         archive = next(Path(scratch).glob("*.deb"))
-        subprocess.run(["dpkg-deb", "--extract", archive, folder], check=True)
+        # Whole or not at all, since what is there is not unpacked again.
+        partial = folder.with_suffix(".partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        subprocess.run(["dpkg-deb", "--extract", archive, partial], check=True)
+        partial.rename(folder)
 
 
 def _apt(*arguments: str, folder: Path | None = None) -> None:
