@@ -362,8 +362,9 @@ class Settings(BaseSettings):
     )
     emulate_node: EmulatedNodes = _setting(
         "KV cache",
-        "Let a part of DRAM stand for a CXL node, read no faster than this: to watch placement and feedback on a machine "
-        "without one. Figures of it say that it is emulated. For example cxl0:bandwidth=4GB,latency=400ns,capacity=2GiB.",
+        "Let a part of DRAM stand for a CXL node, read no faster than this: to watch placement and feedback on a "
+        "machine without one. Figures of it say that it is emulated. For example "
+        "cxl0:bandwidth=4GB,latency=400ns,capacity=2GiB.",
         default=(),
         default_text="none",
         metavar="NAME:bandwidth=BYTES,latency=TIME",
@@ -385,8 +386,8 @@ class Settings(BaseSettings):
     )
     device_threads: int = _setting(
         "KV cache",
-        "Threads that attend device pages and do nothing else, so that they stand for a processor beside the host's; 0: "
-        "the same threads attend both. Only with --device cpu and --device-pages.",
+        "Threads that compute linear layers and attend device pages, so that they stand for a processor beside the "
+        "host's; 0: the same threads do it all. Only with --device cpu and --device-pages.",
         default=0,
         ge=0,
     )
@@ -404,7 +405,7 @@ class Settings(BaseSettings):
         ge=0,
         le=1,
     )
-    target_step_time: float | None = _setting(
+    target_step_s: float | None = _setting(
         "KV cache",
         "Admit no further sequence that would make a step longer than this, while the host is the slower side.",
         default=None,
@@ -591,7 +592,7 @@ class EngineSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     hybridgen_feedback_interval: int = 4  # steps
     layer_ahead: bool = False
     memory_tiers: dict[int, MemoryTier] = {}
-    emulated_nodes: tuple[EmulatedNode, ...] = ()
+    emulate_node: tuple[EmulatedNode, ...] = ()
     placement: PlacementRule = "mapper"
     migration_bytes: int = 64 << 20
     device_threads: int = 0  # 0: the pool attends both tiers
@@ -630,13 +631,13 @@ def engine_settings(settings: Settings) -> EngineSettings:
         hybridgen_feedback_interval=settings.hybridgen_feedback_interval,
         layer_ahead=settings.layer_ahead,
         memory_tiers=settings.memory_tiers,
-        emulated_nodes=settings.emulate_node,
+        emulate_node=settings.emulate_node,
         placement=settings.placement,
         migration_bytes=settings.migration_bytes,
         device_threads=settings.device_threads,
         feedback=settings.feedback,
         device_share=settings.device_share,
-        target_step_s=settings.target_step_time,
+        target_step_s=settings.target_step_s,
         kv_cache_memory_bytes=settings.kv_cache_memory_bytes,
         enable_prefix_caching=settings.enable_prefix_caching,
         seed=settings.seed,

@@ -186,7 +186,7 @@ def host_nodes(
     topology, _ = describe_memory(settings.memory_tiers, measured=False)
     several = len(topology.usable) > 1
     wanted = sum(page_shape(layout, with_index=with_index).role_bytes) * num_host_pages
-    if not several and not settings.emulated_nodes:
+    if not several and not settings.emulate_node:
         return (MemoryNode(0, "dram0", Tier.DRAM, read_bandwidth=1.0, latency_s=0.0, capacity_bytes=wanted),)
     topology, measurements = describe_memory(settings.memory_tiers, measured=True)
     nodes = list(memory_nodes(topology, measurements))
@@ -196,7 +196,7 @@ def host_nodes(
         )
     if not several:
         nodes[0] = replace(nodes[0], capacity_bytes=max(nodes[0].capacity_bytes, wanted))
-    for number, node in enumerate(settings.emulated_nodes):
+    for number, node in enumerate(settings.emulate_node):
         logger.info(
             "%s is emulated: DRAM of %s, read at no more than %.1f GB/s, %.0f ns later",
             node.name,

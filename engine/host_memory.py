@@ -23,7 +23,7 @@ from hybridgen.kernels.index import KVIndex, index_shapes
 from hybridgen.kernels.layout import KVLayout
 from hybridgen.kernels.memory import NodeFull, NodeUnavailable
 from hybridgen.kernels.page_memory import NodeReads, NodeSpeed, PageMemory
-from hybridgen.scheduler.machine import MemoryNode, Role
+from hybridgen.scheduler.machine import MemoryNode, Role, Tier
 from hybridgen.scheduler.mapper import SemanticMapper
 from hybridgen.scheduler.placements import (
     ROLES,
@@ -150,6 +150,20 @@ class HostMemory:
         self._mover = ThreadPoolExecutor(1, "kv-migrations") if self._rule is not None else None
         self._moving: tuple[tuple[Migration, ...], Future[frozenset[tuple[int, Role]]]] | None = None
 
+    @classmethod
+    def on_one_node(cls, layout: KVLayout, num_pages: int, *, with_index: bool = False) -> "HostMemory":
+        """Pages as the system gives them."""
+        node = MemoryNode(0, "dram0", Tier.DRAM, read_bandwidth=1.0, latency_s=0.0, capacity_bytes=0)
+        return cls(
+            layout,
+            num_pages,
+            (node,),
+            with_index=with_index,
+            rule="mapper",
+            policy="mass" if with_index else "exact",
+            migration_bytes=0,
+        )
+
     def _allocate(self, layout: KVLayout, num_pages: int, with_index: bool) -> KVPages:
         physical = sorted({node.id for node in self.nodes if not node.emulated})
         half = layout.shape(num_pages)[1:]
@@ -177,6 +191,11 @@ class HostMemory:
         """Empty where there is one node only."""
         return self._arenas
 
+    @property
+    def _roles(self) -> frozenset[Role]:
+        """Those that pages have."""
+        return frozenset(Role if self.pages.index is not None else (Role.K, Role.V))
+
     def prepare(self, pages: Sequence[int], *, coming: int = 0) -> None:
         """Give pages that are about to be overwritten their nodes.
 
@@ -188,6 +207,7 @@ class HostMemory:
         """
         rule = self._rule
         if rule is None or not pages:
+            self._is_placed[pages] = True
             return
         if self._moving is not None and {move.page for move in self._moving[0]} & set(pages):
             self._finish_moves(wait=True)
@@ -323,11 +343,18 @@ class HostMemory:
             logger.debug("%d pieces migrated, %d could not be", len(made), len(failed))
 
     def counts(self) -> MemoryCounts:
-        pages = self.memory.labels[:, self._is_placed]
+        roles = self._roles
+        pages = [
+            self.memory.labels[column, self._is_placed] if role in roles else ()
+            for column, role in enumerate(ROLES)
+        ]
         return MemoryCounts(
             tuple(self._read_bytes.tolist()),
             tuple(self._delayed_s.tolist()),
-            tuple(tuple(np.bincount(row, minlength=len(self.nodes)).tolist()) for row in pages),
+            tuple(
+                tuple(np.bincount(np.asarray(row, np.int64), minlength=len(self.nodes)).tolist())
+                for row in pages
+            ),
             dict(self._migrated),
             self._num_failed,
         )

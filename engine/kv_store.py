@@ -14,8 +14,8 @@ from hybridgen.engine.host_memory import HostMemory
 from hybridgen.engine.model_spec import ModelSpec
 from hybridgen.kernels.attention import AttentionStep, KVLayout, KVPages, allocate_pages, copy_pages
 from hybridgen.kernels.index import allocate_index
-from hybridgen.kernels.page_memory import NodeReads
 from hybridgen.kernels.ops import merge
+from hybridgen.kernels.page_memory import NodeReads
 from hybridgen.kernels.policies.base import Policy
 from hybridgen.kernels.policies.exact import ExactPolicy
 from hybridgen.kernels.policies.hybridgen import HybridGenPolicy
@@ -42,8 +42,8 @@ class RetainedMass:
 class KVStore:
     """K and V pages of all layers on two tiers: device pages [0, num_device_pages), host pages after them.
 
-    On a CPU both lie in its memory; the device tier stands for one, so that what depends on the split runs as it does on
-    two processors. The same threads attend both, unless the device has a pool of its own.
+    On a CPU both lie in its memory; the device tier stands for one, so that what depends on the split runs as it does
+    on two processors. The same threads attend both, unless the device has a pool of its own.
 
     Args:
         host: the host's pages.

@@ -229,7 +229,7 @@ class Scheduler:
         return key in self._sequences
 
     def limit_running(self, max_running: int) -> None:
-        """Admit no sequence beyond this many; those that run go on. Never less than one, nor more than `max_num_seqs`."""
+        """Admit no sequence beyond this many, at least one and at most `max_num_seqs`; those that run go on."""
         self._max_running = max(1, min(max_running, self._max_num_seqs))
 
     def set_heat(self, heat: Mapping[int, float]) -> None:

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from hybridgen.engine.batch import BatchBuilder
 from hybridgen.engine.build import load_config
+from hybridgen.engine.host_memory import HostMemory
 from hybridgen.engine.kv_store import KVStore, kv_layout
 from hybridgen.engine.model import Decoder
 from hybridgen.engine.model_spec import spec_from_config
@@ -38,7 +39,14 @@ def test_hidden_states_are_the_same_bits_without_fusing(name: str, num_tokens: i
     table = tuple(range(-(-num_tokens // 16)))
 
     def hidden() -> Tensor:
-        store = KVStore(spec, layout, num_device_pages=0, num_host_pages=8, pool=pool, policy=ExactPolicy())
+        store = KVStore(
+            spec,
+            layout,
+            num_device_pages=0,
+            host=HostMemory.on_one_node(layout, 8),
+            pool=pool,
+            policy=ExactPolicy(),
+        )
         step = Step((StepSequence(0, 0, num_tokens, table, 0, samples=True),))
         batch = BatchBuilder(CPU).build(step, {0: tokens}, {0: num_tokens})
         rows = torch.tensor([num_tokens - 1])

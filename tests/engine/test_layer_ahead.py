@@ -10,6 +10,7 @@ from torch import Tensor
 
 from hybridgen.engine.batch import BatchBuilder
 from hybridgen.engine.build import load_config
+from hybridgen.engine.host_memory import HostMemory
 from hybridgen.engine.kv_store import KVStore, kv_layout
 from hybridgen.engine.model import Attention, Decoder
 from hybridgen.engine.model_spec import spec_from_config
@@ -54,7 +55,14 @@ def run(folder: Path, rows: Tensor | None, *, layer_ahead: bool = True) -> tuple
     weights = load_weights(folder, spec, dtype=torch.float32, device=CPU)
     decoder = Decoder(spec, weights, max_model_len=64, pool=pool, layer_ahead=layer_ahead)
     layout = kv_layout(spec, 16, torch.float32)
-    store = KVStore(spec, layout, num_device_pages=0, num_host_pages=4, pool=pool, policy=ExactPolicy())
+    store = KVStore(
+        spec,
+        layout,
+        num_device_pages=0,
+        host=HostMemory.on_one_node(layout, 4),
+        pool=pool,
+        policy=ExactPolicy(),
+    )
     table = (0, 1, 2)
     part = StepSequence(0, 0, len(TOKENS), table, 0, samples=True)
     batch = BatchBuilder(CPU).build(Step((part,)), {0: TOKENS}, {0: len(TOKENS)})

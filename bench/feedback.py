@@ -1,0 +1,209 @@
+"""The split between device and host as the controller finds it, against fixed ones, live: `python -m bench.feedback`.
+
+One core stands for the device, computing linear layers and attending device pages; the others are the host's. A sequence
+decodes while the controller moves its pages. Then the host is slowed down to a quarter of the speed that it had (its
+node's bandwidth is emulated), and given back its speed. In each of these conditions the steps with the controller are
+compared with steps at fixed splits, all others being equal.
+
+The weights are random: this is about time. With two cores, one of them is each side's.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import sys
+import time
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from bench.checkpoints import LLAMA_150M, write_checkpoint
+from bench.throughput import commit, machine, make_prompts
+from hybridgen.configs.settings import EngineSettings
+from hybridgen.engine.build import build_engine
+from hybridgen.engine.core import EngineCore
+from hybridgen.engine.request import Request, SamplingParams
+from hybridgen.kernels.page_memory import NodeSpeed
+from hybridgen.kernels.pool import AttentionPool
+
+ROOT = Path(__file__).resolve().parent.parent
+# Little to compute and much to remember: attention is what a step is about.
+CONFIG = {
+    **LLAMA_150M,
+    "hidden_size": 256,
+    "intermediate_size": 512,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "max_position_embeddings": 32768,
+    "vocab_size": 2000,
+}
+PAGE = 32
+
+
+class Decoding:
+    """One sequence that goes on decoding."""
+
+    def __init__(self, core: EngineCore, context: int, max_tokens: int) -> None:
+        self._core = core
+        self._balance = core._balance
+        prompt = make_prompts(1, context, CONFIG["vocab_size"], seed=1)[0]
+        params = SamplingParams(temperature=0.0, max_tokens=max_tokens, ignore_eos=True)
+        core.add(Request(id="1", prompt=prompt, params=params))
+        while not any(output.tokens for output in core.step()):
+            pass
+        (self.key,) = core._choices
+
+    def steps(self, count: int) -> list[float]:
+        """Seconds of each."""
+        took = []
+        for _ in range(count):
+            begin_s = time.perf_counter()
+            self._core.step()
+            took.append(time.perf_counter() - begin_s)
+        return took
+
+    def control(self, *, on: bool) -> None:
+        """Let the controller decide, or nobody."""
+        self._core._balance = self._balance if on else None
+
+    def keep(self, num_device_pages: int) -> None:
+        self._core._scheduler.set_split(self.key, num_device_pages)
+
+    @property
+    def num_device_pages(self) -> int:
+        return self._core._scheduler._sequences[self.key].table.num_device_pages
+
+    @property
+    def reason(self) -> str:
+        assert self._balance is not None
+        decision = self._balance.decision
+        return "" if decision is None else f"{decision.reason}: {decision.message}"
+
+
+def measure(core: EngineCore, options: argparse.Namespace) -> dict[str, Any]:
+    conditions = ["full speed", "a quarter of it", "full speed again"]
+    per_condition = options.steps + 2 * options.splits * options.measured + 40
+    decoding = Decoding(core, options.context, len(conditions) * per_condition + 100)
+    host = core._runner.store.host
+    num_pages = options.context // PAGE
+    records: list[dict[str, Any]] = []
+    rate = 0.0
+    for condition in conditions:
+        if condition == "a quarter of it":
+            host.memory.set_speed(0, NodeSpeed(bandwidth=rate / 4))
+        elif condition == "full speed again":
+            host.memory.set_speed(0, NodeSpeed())
+        decoding.control(on=True)
+        before, host_s = host.counts().read_bytes[0], core._host_s
+        took, pages = [], []
+        for _ in range(options.steps):
+            took += decoding.steps(1)
+            pages.append(decoding.num_device_pages)
+        if not rate:
+            rate = (host.counts().read_bytes[0] - before) / (core._host_s - host_s)
+        settled = next(
+            step
+            for step in range(len(pages))
+            if all(abs(count - pages[-1]) <= 0.05 * num_pages for count in pages[step:])
+        )
+        record: dict[str, Any] = {
+            "condition": condition,
+            "host_gb_s": round(rate / 1e9 / (4 if condition == "a quarter of it" else 1), 2),
+            "controlled_ms": round(1e3 * statistics.median(took[-options.measured :]), 3),
+            "controlled_device_share": round(pages[-1] / num_pages, 3),
+            "steps_until_within_5_percent": settled,
+            "device_pages_by_step": pages,
+            "reason": decoding.reason,
+        }
+        decoding.control(on=False)
+        fixed: dict[str, list[float]] = {}
+        # Up, then down again, so that a machine that gets slower meanwhile is not taken for a worse split.
+        shares = [index / (options.splits - 1) for index in range(options.splits)]
+        for share in (*shares, *reversed(shares)):
+            decoding.keep(round(share * num_pages))
+            decoding.steps(3)
+            fixed.setdefault(f"{share:.2f}", []).extend(decoding.steps(options.measured))
+        decoding.keep(pages[-1])
+        decoding.steps(3)
+        decoding.control(on=True)
+        again = decoding.steps(options.measured)
+        medians = {share: round(1e3 * statistics.median(times), 3) for share, times in fixed.items()}
+        best = min(medians, key=lambda share: medians[share])
+        record |= {
+            "fixed_ms": medians,
+            "best_fixed_share": float(best),
+            "controlled_again_ms": round(1e3 * statistics.median(again), 3),
+        }
+        record["controlled_over_best_fixed"] = round(
+            min(record["controlled_ms"], record["controlled_again_ms"]) / medians[best], 3
+        )
+        records.append(record)
+        print(
+            f"{condition}: {json.dumps({**record, 'device_pages_by_step': '..'})}",
+            file=sys.stderr,
+            flush=True,
+        )
+    return {"conditions": records}
+
+
+def run(options: argparse.Namespace) -> dict[str, Any]:
+    checkpoint = options.work_dir / "llama-feedback"
+    write_checkpoint(checkpoint, CONFIG)
+    num_pages = -(-(options.context + 4096) // PAGE)
+    settings = EngineSettings(
+        model=str(checkpoint),
+        dtype="bfloat16",
+        max_model_len=options.context + 4096,
+        max_num_seqs=1,
+        num_device_pages=num_pages + 8,
+        num_host_pages=num_pages + 8,
+        host_attention=options.policy,
+        device_threads=1,
+        threads=max(1, len(AttentionPool.default_cpus()) - 1),
+        enable_prefix_caching=False,
+        log_level="warning",
+    )
+    core = build_engine(settings)
+    os.sched_setaffinity(0, AttentionPool.default_cpus()[:1])  # as the engine's process does
+    return {
+        "title": "live; a core stands for the device, and the host's slowness is emulated",
+        "began": datetime.now(UTC).isoformat(timespec="seconds"),
+        "commit": commit(),
+        "machine": machine(),
+        "options": {"context": options.context, "policy": options.policy, "steps": options.steps},
+        **measure(core, options),
+    }
+
+
+def parse(arguments: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m bench.feedback", description=__doc__)
+    parser.add_argument("--context", type=int, default=12288, metavar="N", help="tokens (default: 12288)")
+    parser.add_argument("--policy", choices=("exact", "mass"), default="exact")
+    parser.add_argument(
+        "--steps", type=int, default=120, metavar="N", help="with the controller (default: 120)"
+    )
+    parser.add_argument("--splits", type=int, default=11, metavar="N", help="fixed ones (default: 11)")
+    parser.add_argument("--measured", type=int, default=12, metavar="N", help="steps of each (default: 12)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures here")
+    parser.add_argument("--work-dir", type=Path, default=ROOT / "build" / "bench", metavar="DIR")
+    return parser.parse_args(arguments)
+
+
+def main() -> None:
+    options = parse(sys.argv[1:])
+    results = run(options)
+    for record in results["conditions"]:
+        print(
+            f"{record['condition']}: {record['controlled_ms']} ms with the controller, "
+            f"{min(record['fixed_ms'].values())} ms at the best fixed split "
+            f"({record['controlled_over_best_fixed']:.2f}x), settled after {record['steps_until_within_5_percent']} steps"
+        )
+    if options.json is not None:
+        options.json.write_text(json.dumps(results, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
