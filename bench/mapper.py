@@ -198,10 +198,10 @@ def run(rule: RuleBase, load: Load, *, steps: int) -> Result:
             rule.observe(PageReads(live, k_share=k_share, v_share=shares[:, 3], mass=mass))
         plan_s += time.perf_counter() - begin_s
         if step % PAGE_SIZE == PAGE_SIZE - 1:
-            for pages in owned:
+            for own in owned:
                 if free:
-                    pages.append(free.pop())
-                    rule.place(pages[-1:])
+                    own.append(free.pop())
+                    rule.place(own[-1:])
         if step % 50 == 49:
             position = int(rng.integers(len(owned)))
             rule.release(owned[position])
@@ -219,7 +219,7 @@ def _with_mean(heat: npt.NDArray[np.float64], mean: float) -> npt.NDArray[np.flo
     for _ in range(30):
         capped = np.minimum(1.0, scale * heat)
         scale *= mean / capped.mean()
-    return np.minimum(1.0, scale * heat)
+    return np.asarray(np.minimum(1.0, scale * heat))
 
 
 def compare(load: Load, *, steps: int, rules: Sequence[str] = tuple(RULES)) -> dict[str, Result]:

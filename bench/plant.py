@@ -79,7 +79,7 @@ class Plant:
     def on_device(self) -> int:
         return sum(self.device_pages.values())
 
-    def change(self, **changes: float) -> None:
+    def change(self, **changes: Any) -> None:
         self.config = replace(self.config, **changes)
 
     def ideal_s(self, on_device: int) -> float:
@@ -193,7 +193,7 @@ def controller(plant: Plant, **changes: Any) -> FeedbackController:
     return FeedbackController(FeedbackConfig(**(values | changes)))
 
 
-def draw(seed: int, **changes: float) -> Plant:
+def draw(seed: int, **changes: Any) -> Plant:
     """A plant at random: hosts and devices of like and unlike speed, sparse and full reads, roomy and small devices.
 
     It begins as prompts leave it, with as much on the device as there is room for.

@@ -173,7 +173,9 @@ def make_pools(settings: EngineSettings) -> tuple[AttentionPool, AttentionPool |
         )
     num_host = min(settings.threads, len(cpus) - settings.device_threads)
     device_pool = AttentionPool(cpus=cpus[: settings.device_threads])
-    return AttentionPool(cpus=cpus[settings.device_threads : settings.device_threads + num_host]), device_pool
+    # A pool counts its caller as one of its threads; here that is the device's, which never helps.
+    host_cpus = cpus[settings.device_threads : settings.device_threads + num_host]
+    return AttentionPool(num_host + 1, cpus=host_cpus), device_pool
 
 
 def host_nodes(
@@ -227,8 +229,9 @@ def make_balance(
     rate = per_core[0] if per_core else 10e9
     nodes = store.host.nodes
     # One node's description has no figures where nothing was to be placed.
+    num_threads = len(pool.cpus) - 1  # less the device's, which the pool counts as its caller
     host_nodes = tuple(
-        replace(node, read_bandwidth=rate * pool.num_threads) if node.read_bandwidth <= 1 else node
+        replace(node, read_bandwidth=rate * num_threads) if node.read_bandwidth <= 1 else node
         for node in nodes
     )
     device = MemoryNode(
@@ -249,14 +252,14 @@ def make_balance(
             "this machine",
             Device("threads that stand for a device", device, link_bandwidth=rate / 2, matmul_flops=1e12),
             host_nodes,
-            pool.num_threads,
+            num_threads,
             core_flops=1e11,
             source="measured",
         ),
         device_page_bytes=layout.page_bytes,
         host_page_read_bytes=max(1.0, expected),
         num_device_pages=settings.num_device_pages,
-        max_threads=pool.num_threads,
+        max_threads=num_threads,
         max_num_seqs=settings.max_num_seqs,
         mode=Mode(settings.feedback),
         min_device_pages=settings.num_sink_pages + 1,
@@ -270,7 +273,7 @@ def make_balance(
         scheduler,
         page_bytes=layout.page_bytes,
         node_ids=tuple(node.id for node in nodes),
-        num_threads=pool.num_threads,
+        num_threads=num_threads,
     )
 
 

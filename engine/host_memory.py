@@ -21,7 +21,7 @@ from hybridgen.kernels.arena import Arena, stride_bytes
 from hybridgen.kernels.attention import KVPages, allocate_pages
 from hybridgen.kernels.index import KVIndex, index_shapes
 from hybridgen.kernels.layout import KVLayout
-from hybridgen.kernels.memory import NodeFull, NodeUnavailable
+from hybridgen.kernels.memory import NodeFull, NodeUnavailable, PlacementForbidden
 from hybridgen.kernels.page_memory import NodeReads, NodeSpeed, PageMemory
 from hybridgen.scheduler.machine import MemoryNode, Role, Tier
 from hybridgen.scheduler.mapper import SemanticMapper
@@ -366,6 +366,20 @@ class HostMemory:
             return (f"all host pages lie on {self.nodes[0].name}, the only memory node",)
         if page is not None and not 0 <= page < self.memory.num_pages:
             return (f"there is no host page {page}; they are 0 to {self.memory.num_pages - 1}",)
+        return self._reasons(rule, page) + (() if page is None else self._kernels_word(page))
+
+    def _kernels_word(self, page: int) -> tuple[str, ...]:
+        """What move_pages(2) says of each role's memory."""
+        try:
+            nodes = {role: arena.nodes_of([page])[0] for role, arena in self._arenas.items()}
+        except PlacementForbidden as error:
+            return (f"  the kernel was not asked: {error}",)
+        words = ", ".join(
+            f"{role} on {' and '.join(map(str, of)) or 'none yet'}" for role, of in nodes.items()
+        )
+        return (f"  by the kernel's word, NUMA nodes: {words}",)
+
+    def _reasons(self, rule: RuleBase, page: int | None) -> tuple[str, ...]:
         if isinstance(rule, SemanticMapper):
             return rule.describe() if page is None else rule.explain(page)
         labels = self.memory.labels
