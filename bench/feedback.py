@@ -118,7 +118,7 @@ def measure(core: EngineCore, options: argparse.Namespace) -> dict[str, Any]:
             "host_gb_s": round(rate / 1e9 / (4 if condition == "a quarter of it" else 1), 2),
             "controlled_device_share": round(pages[-1] / num_pages, 3),
             "steps_until_within_5_percent": settled,
-            "device_pages_by_step": pages,
+            "device_share_by_step": pages,
             "reason": decoding.reason,
         }
         decoding.control(on=False)
@@ -151,7 +151,7 @@ def measure(core: EngineCore, options: argparse.Namespace) -> dict[str, Any]:
         }
         records.append(record)
         print(
-            f"{condition}: {json.dumps({**record, 'device_pages_by_step': '..'})}",
+            f"{condition}: {json.dumps({**record, 'device_share_by_step': '..'})}",
             file=sys.stderr,
             flush=True,
         )

@@ -363,8 +363,8 @@ class Settings(BaseSettings):
     emulate_node: EmulatedNodes = _setting(
         "KV cache",
         "Let a part of DRAM stand for a CXL node, read no faster than this: to watch placement and feedback on a "
-        "machine without one. Figures of it say that it is emulated. For example "
-        "cxl0:bandwidth=4GB,latency=400ns,capacity=2GiB.",
+        "machine without one. The name of a node that there is slows that one down. Figures of them say that they are "
+        "emulated. For example cxl0:bandwidth=4GB,latency=400ns,capacity=2GiB.",
         default=(),
         default_text="none",
         metavar="NAME:bandwidth=BYTES,latency=TIME",

@@ -173,9 +173,8 @@ def make_pools(settings: EngineSettings) -> tuple[AttentionPool, AttentionPool |
         )
     num_host = min(settings.threads, len(cpus) - settings.device_threads)
     device_pool = AttentionPool(cpus=cpus[: settings.device_threads])
-    # A pool counts its caller as one of its threads; here that is the device's, which never helps.
     host_cpus = cpus[settings.device_threads : settings.device_threads + num_host]
-    return AttentionPool(num_host + 1, cpus=host_cpus), device_pool
+    return AttentionPool(cpus=host_cpus, is_apart=True), device_pool
 
 
 def host_nodes(
@@ -198,7 +197,21 @@ def host_nodes(
         )
     if not several:
         nodes[0] = replace(nodes[0], capacity_bytes=max(nodes[0].capacity_bytes, wanted))
+    real = {node.name: position for position, node in enumerate(nodes)}
     for number, node in enumerate(settings.emulate_node):
+        if node.name in real:
+            # A node that there is, made slower: emulated from now on, whatever it was.
+            position = real[node.name]
+            capacity = nodes[position].capacity_bytes if node.capacity_bytes is None else node.capacity_bytes
+            nodes[position] = replace(
+                nodes[position],
+                read_bandwidth=node.bandwidth,
+                latency_s=node.latency_s,
+                capacity_bytes=capacity,
+                emulated=True,
+            )
+            logger.info("%s is emulated: read at no more than %.1f GB/s", node.name, node.bandwidth / 1e9)
+            continue
         logger.info(
             "%s is emulated: DRAM of %s, read at no more than %.1f GB/s, %.0f ns later",
             node.name,
@@ -229,7 +242,7 @@ def make_balance(
     rate = per_core[0] if per_core else 10e9
     nodes = store.host.nodes
     # One node's description has no figures where nothing was to be placed.
-    num_threads = len(pool.cpus) - 1  # less the device's, which the pool counts as its caller
+    num_threads = pool.num_threads - 1  # less the device's, which the pool counts as its caller
     host_nodes = tuple(
         replace(node, read_bandwidth=rate * num_threads) if node.read_bandwidth <= 1 else node
         for node in nodes

@@ -138,7 +138,7 @@ class HostMemory:
                 )
             self._rule = RULES[rule](nodes, shape, PATTERNS[policy], num_pages)
             self.pages = self._allocate(layout, num_pages, with_index)
-        self._home = next(node.id for node in nodes if not node.emulated)
+        self._home = next(node.id for node in nodes if node.id < FIRST_EMULATED_ID)
         self._num_steps = 0
         self._num_reads = np.zeros(
             num_pages
@@ -165,7 +165,7 @@ class HostMemory:
         )
 
     def _allocate(self, layout: KVLayout, num_pages: int, with_index: bool) -> KVPages:
-        physical = sorted({node.id for node in self.nodes if not node.emulated})
+        physical = sorted({node.id for node in self.nodes if node.id < FIRST_EMULATED_ID})
         half = layout.shape(num_pages)[1:]
 
         def arena(role: Role, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
@@ -235,7 +235,7 @@ class HostMemory:
             position = self._position[node]
             # What it holds is what it can hold: the rule asks it for no more.
             rule.books.capacity[position] = rule.books.used[position]
-            others = [other for other in self.nodes if other.id != node and not other.emulated]
+            others = [other for other in self.nodes if other.id not in (node, self._home_of(node))]
             for other in sorted(others, key=lambda other: rule.books.used[self._position[other.id]]):
                 free = (
                     rule.books.capacity[self._position[other.id]] - rule.books.used[self._position[other.id]]
@@ -243,7 +243,7 @@ class HostMemory:
                 if free < arena.stride_bytes * len(pages):
                     continue
                 try:
-                    arena.bind(pages, other.id)
+                    self._bind_on(arena, pages, other.id)
                 except (NodeFull, NodeUnavailable):
                     continue
                 logger.warning("%s; %d pieces went to %s", error, len(pages), other.name)
@@ -257,7 +257,11 @@ class HostMemory:
 
     def _bind_on(self, arena: Arena, pages: Sequence[int], node: int) -> None:
         if len(arena.nodes) > 1:
-            arena.bind(pages, self._home if node >= FIRST_EMULATED_ID else node)
+            arena.bind(pages, self._home_of(node))
+
+    def _home_of(self, node: int) -> int:
+        """The node whose memory it is made of: its own, unless it is emulated."""
+        return self._home if node >= FIRST_EMULATED_ID else node
 
     def begin_step(self, tables: Sequence[Sequence[int]]) -> None:
         """A step reads these sequences' host pages."""
@@ -314,7 +318,7 @@ class HostMemory:
         failed: set[tuple[int, Role]] = set()
         batches: dict[tuple[Role, int], list[int]] = defaultdict(list)
         for move in migrations:
-            ids = [self._home if node >= FIRST_EMULATED_ID else node for node in (move.source, move.target)]
+            ids = [self._home_of(node) for node in (move.source, move.target)]
             if ids[0] != ids[1]:
                 batches[move.role, ids[1]].append(move.page)
         for (role, node), pages in batches.items():

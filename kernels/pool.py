@@ -59,6 +59,8 @@ class AttentionPool:
         cpus: where to pin; default: the CPUs this process may use, which a cgroup's cpuset limits, one
             of each core first, and taking turns between the NUMA nodes.
         nodes: the NUMA node of each of `cpus`; default: as the system says.
+        is_apart: the caller has a CPU and work of its own. It is none of `num_threads`, which all work on what is
+            submitted, however little it is; if it polls `Ticket.is_done` it never helps.
         isa: a name of `kernels/isa.py`; default: HYBRIDGEN_CPU_ISA, else the fastest supported.
     """
 
@@ -69,6 +71,7 @@ class AttentionPool:
         cpus: Sequence[int] | None = None,
         nodes: Sequence[int] | None = None,
         isa: str | None = None,
+        is_apart: bool = False,
     ) -> None:
         node_of = node_of_cpus()
         if cpus is None:
@@ -89,6 +92,8 @@ class AttentionPool:
             num_threads = default_threads
         if num_threads < 1:
             raise ValueError(f"num_threads is {num_threads}; a pool needs at least 1")
+        if is_apart:
+            num_threads += 1  # what a pool counts as its caller's
         # More threads than CPUs share them in turn; useful to nobody but tests.
         places = sorted(
             ((nodes[i % len(cpus)], cpus[i % len(cpus)]) for i in range(num_threads)),
@@ -100,6 +105,8 @@ class AttentionPool:
         self.num_groups = len(self.nodes)
         self.isa = select_isa(isa)
         self.handle = _cpu.Pool(self.cpus, [self.nodes.index(node) for node, _ in places], self.isa)
+        if is_apart:
+            self.handle.leave_caller_alone()
 
     @staticmethod
     def default_cpus() -> tuple[int, ...]:

@@ -188,7 +188,8 @@ _TRIAL_REST = 64  # steps between the ends and the beginnings of trials
 _TRIAL_GAIN = 0.97  # of the predicted step that is left, for the new setting to stay
 _TRIAL_LOSS = 1.15  # of the predicted step, for the trial to end early
 _MARGINAL = 0.1  # of an average sequence's throughput, that one more has to bring
-_STALE = 200  # steps without host pages, after which another load is judged by the description again
+_STALE = 200  # steps without host pages, after which the host is judged by the description again
+_MOST_STALE = 3200  # the same where it has lost again and again
 _LIMIT_STEPS = 16  # steps from one look at the admission limit to the next
 
 
@@ -437,6 +438,7 @@ class FeedbackController:
         self._tried: set[tuple[int, bool]] = set()
         self._steps_at_rest = 0
         self._steps_since_trial = _TRIAL_REST
+        self._stale_after = _STALE
         self._mass_is_low = False  # since the set of sequences changed, looking ahead has cost mass
         self._limit = config.max_num_seqs
         self._limit_reason = LimitReason.CONFIGURED
@@ -484,6 +486,7 @@ class FeedbackController:
         if others:
             self._mass_is_low = False
             self._steps_to_limit = 0
+            self._stale_after = _STALE
             if self._model.steps_without_host >= _STALE:
                 self._model.host.forget()
 
@@ -497,6 +500,12 @@ class FeedbackController:
         if step.moved_bytes > 0 and step.moved_s > 0:
             self._link.append(step.moved_bytes / step.moved_s)
         settings = (step.num_threads, step.layer_ahead)
+        if self._model.steps_without_host >= self._stale_after:
+            # What made the host slow may have ended, and nobody would notice. Each time in vain, the next one is later.
+            self._model.host.forget()
+            self._model.steps_without_host = 0
+            self._stale_after = min(2 * self._stale_after, _MOST_STALE)
+            self._start_counting()
         if settings == self._settings:
             self._num_foreign = 0
             if self._model.observe(step):

@@ -50,6 +50,7 @@ void bind_pool(nb::module_& m) {
           nb::arg("cpus"), nb::arg("groups"), nb::arg("isa"))
       .def_prop_ro("num_threads", &Pool::num_threads)
       .def_prop_ro("num_groups", &Pool::num_groups)
+      .def("leave_caller_alone", &Pool::leave_caller_alone)
       .def("close", &Pool::close, unlocked)
       .def(
           "read",

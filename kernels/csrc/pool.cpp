@@ -327,7 +327,7 @@ void Pool::finish(Slot& slot) {
 }
 
 Ticket Pool::enqueue(Job& job, bool alone, bool joins) {
-  if (alone || forked() || closed_.load()) {
+  if ((alone && (joins || !leaves_caller_alone_)) || forked() || closed_.load()) {
     run_here(job);
     return {};
   }

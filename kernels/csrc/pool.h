@@ -109,6 +109,10 @@ class Pool {
   // Throws std::bad_alloc, the job not being taken.
   Ticket submit(Job& job, bool alone = false) { return enqueue(job, alone, false); }
 
+  // From now on `submit` leaves even a few microseconds of work to the threads: for callers that have work of their own,
+  // and look at `is_done` instead of helping. Before any job.
+  void leave_caller_alone() { leaves_caller_alone_ = true; }
+
   // Helps with this job and earlier ones, and returns when it is done.
   void wait(const Ticket& ticket) noexcept;
 
@@ -212,6 +216,7 @@ class Pool {
   std::mutex submit_mutex_;
   std::atomic<bool> closing_{false};
   std::atomic<bool> closed_{false};
+  bool leaves_caller_alone_ = false;
   std::atomic<bool> tracing_{false};
   std::atomic<int64_t> scratch_bytes_{0};  // that every worker has
   std::atomic<int32_t> num_layers_{0};     // that every worker counts

@@ -82,6 +82,9 @@ class StubCore:
                 del self._counts[id, index]
         return outputs
 
+    def explain(self, page: int | None) -> tuple[str, ...]:
+        return ("all pages",) if page is None else (f"page {page}",)
+
     def stats(self) -> EngineStats:
         return EngineStats(
             num_running=len({id for id, _ in self._counts}), num_pages=100, num_steps_total=self._num_steps

@@ -246,3 +246,21 @@ async def test_thousands_of_tokens_a_second_pass_through_one_process(monkeypatch
     assert 6400 / elapsed_s > 2000
     assert client.stats != EngineStats()
     await client.close()
+
+
+async def test_a_page_is_explained_between_two_steps(client: EngineClient) -> None:
+    stream = client.generate(request("a", max_tokens=None))
+    await anext(stream)
+    assert await asyncio.gather(client.explain(), client.explain(7)) == [("all pages",), ("page 7",)]
+    await stream.aclose()
+
+
+async def test_a_question_ends_when_the_engine_dies(client: EngineClient) -> None:
+    os.kill(client.process_id, signal.SIGSTOP)  # alive, and silent
+    question = asyncio.create_task(client.explain())
+    await asyncio.sleep(0)
+    os.kill(client.process_id, signal.SIGKILL)
+    with pytest.raises(EngineDead):
+        await question
+    with pytest.raises(EngineDead):
+        await client.explain()

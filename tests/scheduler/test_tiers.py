@@ -295,3 +295,37 @@ class TestSplit:
         scheduler.set_split(0, 0)
         step = run(scheduler)
         assert [page < 8 for page in table(step)] == [True, False, False, False, False, False, True]
+
+    def test_the_hottest_host_pages_come_back_first_and_then_the_most_recent(self) -> None:
+        scheduler = make(num_device_pages=8)
+        scheduler.add(0, prompt(24), max_total_tokens=40)
+        run(scheduler)
+        scheduler.set_split(0, 2)
+        step = run(scheduler)
+        on_host = [page for page in table(step) if page >= 8]
+        scheduler.set_heat({on_host[0]: 0.1, on_host[2]: 0.7, 99: 1.0})
+        scheduler.set_split(0, 4)
+        step = run(scheduler)
+        assert sorted(move.source for move in step.moves) == sorted([on_host[0], on_host[2]])
+
+
+class TestLimit:
+    def test_no_more_sequences_are_admitted_than_the_limit_and_those_that_run_go_on(self) -> None:
+        scheduler = make(num_device_pages=0)
+        for key in range(4):
+            scheduler.add(key, prompt(4, start=10 * key), max_total_tokens=8)
+        scheduler.limit_running(2)
+        assert set(spans(run(scheduler))) == {0, 1}
+        scheduler.limit_running(1)
+        assert set(spans(run(scheduler))) == {0, 1}
+        scheduler.finish(0)
+        scheduler.finish(1)
+        assert set(spans(run(scheduler))) == {2}
+        scheduler.limit_running(100)
+        assert set(spans(run(scheduler))) == {2, 3}
+
+    def test_a_limit_of_nothing_lets_one_run(self) -> None:
+        scheduler = make(num_device_pages=0)
+        scheduler.add(0, prompt(4), max_total_tokens=8)
+        scheduler.limit_running(0)
+        assert set(spans(run(scheduler))) == {0}

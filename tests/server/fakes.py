@@ -129,6 +129,9 @@ class FakeEngine:
     def abort_choice(self, id: str, index: int) -> None:
         self.aborted_choices.append((id, index))
 
+    async def explain(self, page: int | None = None) -> tuple[str, ...]:
+        return ("all pages",) if page is None else (f"page {page}", "  k: dram0")
+
 
 async def until(condition: Callable[[], bool], timeout_s: float = 5.0) -> None:
     """Wait for what another task or process does; there is nothing to await in the thing itself."""

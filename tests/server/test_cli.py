@@ -266,3 +266,19 @@ def test_figures_follow_from_the_timings() -> None:
     assert figures["tpot_ms"]["p50"] == pytest.approx(200)
     assert figures["itl_ms"]["p99"] == pytest.approx(200)
     assert "e2e_ms" not in summarize([Timing(error="refused")], duration_s=1.0)
+
+
+def test_map_prints_where_pages_lie(server: Server) -> None:
+    done = run("map", "--url", server.url)
+    assert (done.stdout, done.returncode) == ("all pages\n", 0)
+    done = run("map", "--explain", "5", "--url", server.url)
+    assert (done.stdout, done.returncode) == ("page 5\n", 0)
+
+
+def test_map_says_why_there_is_no_answer(server: Server) -> None:
+    done = run("map", "--url", server.url, key="wrong")
+    assert done.returncode == 1
+    assert "answered 401" in done.stderr
+    done = run("map", "--url", "http://127.0.0.1:1")
+    assert done.returncode == 1
+    assert "no answer from http://127.0.0.1:1" in done.stderr

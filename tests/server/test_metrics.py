@@ -6,7 +6,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from hybridgen.engine.client import EngineDead
-from hybridgen.engine.request import EngineStats
+from hybridgen.engine.request import BalanceStats, EngineStats, MigrationStats, NodeStats
 from hybridgen.server.metrics import Histogram, Metrics
 from tests.server.conftest import MakeClient
 from tests.server.fakes import FakeEngine, say, until
@@ -157,3 +157,66 @@ async def test_the_buckets_are_vllms(make_client: MakeClient) -> None:
     assert bounds("vllm:inter_token_latency_seconds") == [float(bound) for bound in itl.split()]
     assert bounds("vllm:request_time_per_output_token_seconds") == [float(bound) for bound in itl.split()]
     assert bounds("vllm:e2e_request_latency_seconds") == [float(bound) for bound in e2e.split()]
+
+
+def node(name: str, tier: str, read: int, *, emulated: bool = False) -> NodeStats:
+    return NodeStats(
+        name=name,
+        tier=tier,
+        emulated=emulated,
+        bandwidth=2e9,
+        capacity_bytes=1 << 30,
+        read_bytes_total=read,
+        delayed_s_total=0.5,
+        num_pieces=(1, 2, 3, 4),
+    )
+
+
+async def test_memory_nodes_and_migrations_are_exported_and_emulated_ones_say_so(
+    make_client: MakeClient,
+) -> None:
+    engine = FakeEngine()
+    engine.stats = EngineStats(
+        nodes=(node("dram0", "dram", 700), node("cxl0", "cxl", 300, emulated=True)),
+        migrations=(MigrationStats(source="dram0", target="cxl0", reason="oldest", num_total=6),),
+    )
+    samples = parse((await make_client(engine).get("/metrics")).text)
+    dram = {"node": "dram0", "tier": "dram", "emulated": "false"}
+    cxl = {"node": "cxl0", "tier": "cxl", "emulated": "true"}
+    assert value(samples, "hybridgen:node_read_bytes_total", **dram) == 700
+    assert value(samples, "hybridgen:node_read_bytes_total", **cxl) == 300
+    assert value(samples, "hybridgen:node_bandwidth_bytes", **cxl) == 2e9
+    assert value(samples, "hybridgen:node_delayed_seconds_total", **cxl) == 0.5
+    assert [value(samples, "hybridgen:node_pieces", **cxl, role=role) for role in ("index", "v")] == [1, 4]
+    moved = {"source": "dram0", "target": "cxl0", "reason": "oldest"}
+    assert value(samples, "hybridgen:migrated_pieces_total", **moved) == 6
+
+
+async def test_the_split_is_exported_with_its_reasons(make_client: MakeClient) -> None:
+    engine = FakeEngine()
+    engine.stats = EngineStats(
+        balance=BalanceStats(
+            device_s_total=1.5,
+            host_s_total=2.5,
+            device_wait_s_total=1.0,
+            host_wait_s_total=0.25,
+            target_share=0.75,
+            actual_share=0.5,
+            max_running=7,
+            limit_reason="step_time",
+            reason="host_slower",
+            message="",
+            num_changes_total={"host_slower": 3, "predicted": 1},
+        )
+    )
+    client = make_client(engine)
+    samples = parse((await client.get("/metrics")).text)
+    assert value(samples, "hybridgen:attention_seconds_total", side="host") == 2.5
+    assert value(samples, "hybridgen:attention_wait_seconds_total", side="device") == 1.0
+    assert value(samples, "hybridgen:device_share", kind="target") == 0.75
+    assert value(samples, "hybridgen:device_share", kind="actual") == 0.5
+    assert value(samples, "hybridgen:device_share_reason", reason="host_slower") == 1
+    assert value(samples, "hybridgen:device_share_changes_total", reason="host_slower") == 3
+    assert value(samples, "hybridgen:max_running_sequences", reason="step_time") == 7
+    engine.stats = EngineStats()  # one pool attends both tiers
+    assert "hybridgen:device_share" not in (await client.get("/metrics")).text

@@ -187,3 +187,12 @@ async def test_the_models_own_sampling_may_be_ignored_or_replaced(
         assert engine.requests[0].params.temperature == temperature
     with pytest.raises(DefaultsError, match=r"missing: holds no generation_config\.json"):
         make_client(model=str(model), generation_config=str(tmp_path / "missing"))
+
+
+async def test_placement_is_explained_for_a_page_and_for_all(make_client: MakeClient) -> None:
+    client = make_client()
+    assert (await client.get("/placement")).json() == {"lines": ["all pages"]}
+    assert (await client.get("/placement?page=3")).json() == {"lines": ["page 3", "  k: dram0"]}
+    refused = await client.get("/placement?page=-1")
+    assert refused.status_code == 400
+    assert refused.json()["error"]["param"] == "page"
