@@ -69,8 +69,14 @@ class Decoding:
         """Let the controller decide, or nobody."""
         self._core._balance = self._balance if on else None
 
-    def keep(self, num_device_pages: int) -> None:
-        self._core._scheduler.set_split(self.key, num_device_pages)
+    @property
+    def num_pages(self) -> int:
+        return len(self._core._scheduler._sequences[self.key].table.pages)
+
+    def keep(self, share: float) -> None:
+        """So much of the pages on the device; all of them includes those to come."""
+        count = self.num_pages + 1000 if share >= 1 else round(share * self.num_pages)
+        self._core._scheduler.set_split(self.key, count)
 
     @property
     def num_device_pages(self) -> int:
@@ -92,7 +98,6 @@ def measure(core: EngineCore, options: argparse.Namespace) -> dict[str, Any]:
     )
     decoding = Decoding(core, options.context, len(conditions) * per_condition + 100)
     host = core._runner.store.host
-    num_pages = options.context // PAGE
     records: list[dict[str, Any]] = []
     rate = 0.0
     for condition in conditions:
@@ -102,23 +107,23 @@ def measure(core: EngineCore, options: argparse.Namespace) -> dict[str, Any]:
             host.memory.set_speed(0, NodeSpeed())
         decoding.control(on=True)
         before, host_s = host.counts().read_bytes[0], core._host_s
-        took, pages = [], []
+        shares_kept = []
         for _ in range(options.steps):
-            took += decoding.steps(1)
-            pages.append(decoding.num_device_pages)
+            decoding.steps(1)
+            shares_kept.append(round(decoding.num_device_pages / decoding.num_pages, 4))
         if not rate:
             rate = (host.counts().read_bytes[0] - before) / (core._host_s - host_s)
         settled = next(
             step
-            for step in range(len(pages))
-            if all(abs(count - pages[-1]) <= 0.05 * num_pages for count in pages[step:])
+            for step in range(len(shares_kept))
+            if all(abs(share - shares_kept[-1]) <= 0.05 for share in shares_kept[step:])
         )
         record: dict[str, Any] = {
             "condition": condition,
             "host_gb_s": round(rate / 1e9 / (4 if condition == "a quarter of it" else 1), 2),
-            "controlled_device_share": round(pages[-1] / num_pages, 3),
+            "controlled_device_share": shares_kept[-1],
             "steps_until_within_5_percent": settled,
-            "device_share_by_step": pages,
+            "device_share_by_step": shares_kept,
             "reason": decoding.reason,
         }
         decoding.control(on=False)
@@ -126,7 +131,7 @@ def measure(core: EngineCore, options: argparse.Namespace) -> dict[str, Any]:
         # Up, then down again, so that a machine that gets slower meanwhile is not taken for a worse split.
         shares = [index / (options.splits - 1) for index in range(options.splits)]
         for share in (*shares, *reversed(shares)):
-            decoding.keep(round(share * num_pages))
+            decoding.keep(share)
             decoding.steps(3)
             fixed.setdefault(f"{share:.2f}", []).extend(decoding.steps(options.measured))
         medians = {share: round(1e3 * statistics.median(times), 3) for share, times in fixed.items()}
@@ -138,7 +143,7 @@ def measure(core: EngineCore, options: argparse.Namespace) -> dict[str, Any]:
             decoding.steps(8)
             controlled_ms.append(1e3 * statistics.median(decoding.steps(options.measured)))
             decoding.control(on=False)
-            decoding.keep(round(float(best) * num_pages))
+            decoding.keep(float(best))
             decoding.steps(8)
             best_ms.append(1e3 * statistics.median(decoding.steps(options.measured)))
         ratios = [mine / theirs for mine, theirs in zip(controlled_ms, best_ms, strict=True)]
@@ -192,7 +197,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--context", type=int, default=8192, metavar="N", help="tokens (default: 8192)")
     parser.add_argument("--policy", choices=("exact", "mass"), default="exact")
     parser.add_argument(
-        "--steps", type=int, default=120, metavar="N", help="with the controller (default: 120)"
+        "--steps", type=int, default=320, metavar="N", help="with the controller (default: 320)"
     )
     parser.add_argument("--splits", type=int, default=11, metavar="N", help="fixed ones (default: 11)")
     parser.add_argument("--measured", type=int, default=12, metavar="N", help="steps of each (default: 12)")
