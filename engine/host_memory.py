@@ -26,6 +26,7 @@ from hybridgen.kernels.page_memory import NodeReads, NodeSpeed, PageMemory
 from hybridgen.scheduler.machine import MemoryNode, Role, Tier
 from hybridgen.scheduler.mapper import SemanticMapper
 from hybridgen.scheduler.placements import (
+    HOTNESS_WEIGHT,
     ROLES,
     FirstTouch,
     Migration,
@@ -143,6 +144,7 @@ class HostMemory:
         self._num_reads = np.zeros(
             num_pages
         )  # readers of each page, summed over the steps since the last look
+        self._heat = np.zeros(num_pages)  # EWMA of the mass that a page held for all its readers in a step
         self._read_bytes = np.zeros(len(nodes), dtype=np.int64)
         self._delayed_s = np.zeros(len(nodes))
         self._migrated: dict[tuple[int, int, str], int] = defaultdict(int)
@@ -206,6 +208,7 @@ class HostMemory:
             NodeFull: no node has memory left for them, whatever their capacities say.
         """
         rule = self._rule
+        self._heat[pages] = 0
         if rule is None or not pages:
             self._is_placed[pages] = True
             return
@@ -291,8 +294,18 @@ class HostMemory:
                 migrations = rule.plan(self._migration_bytes)
                 if migrations and self._mover is not None:
                     self._moving = migrations, self._mover.submit(self._move, migrations)
+        self._note_heat()
         self._num_reads[:] = 0
         self.memory.clear_heat()
+
+    def _note_heat(self) -> None:
+        if not self.memory.has_heat:
+            return
+        pages = np.flatnonzero(self._num_reads)
+        num_heads = self.layout.num_layers * self.layout.num_kv_heads
+        # For all readers together: what a step reads of the page, in masses.
+        held = self.memory.mass[pages] / (num_heads * OBSERVED_STEPS)
+        self._heat[pages] += HOTNESS_WEIGHT * (held - self._heat[pages])
 
     def _page_reads(self, pages: npt.NDArray[np.int64]) -> PageReads:
         if not self.memory.has_heat:
@@ -307,11 +320,8 @@ class HostMemory:
 
     def heat(self) -> Mapping[int, float]:
         """Host pages to the mass that they held for all their readers, as far as it was measured."""
-        if self._rule is None:
-            return {}
-        books = self._rule.books
-        pages = np.flatnonzero(self._is_placed & (books.readers > 0) & (books.hotness > 0))
-        return dict(zip(pages.tolist(), (books.hotness[pages] * books.readers[pages]).tolist(), strict=True))
+        pages = np.flatnonzero(self._heat)
+        return dict(zip(pages.tolist(), self._heat[pages].tolist(), strict=True))
 
     def _move(self, migrations: Sequence[Migration]) -> frozenset[tuple[int, Role]]:
         """In the mover's thread: returns the pieces that could not be moved."""
