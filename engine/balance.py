@@ -52,6 +52,7 @@ class Balance:
         self._node_ids = node_ids
         self._num_threads = num_threads
         self._layer_ahead = False
+        self._heat: Mapping[int, float] = {}
         self.decision: Decision | None = None  # the last one
         self.num_decisions: Counter[Reason] = Counter()  # those that changed the share aimed at
         self.actual_share = 0.0  # of the running sequences' pages on the device, in the last step
@@ -78,7 +79,8 @@ class Balance:
         """Learn from a step that was committed; what is decided takes effect with the next one that is scheduled.
 
         Args:
-            heat: page ids to softmax mass, of pages that were measured: what the device is better at is hot.
+            heat: host pages, counted from 0, to softmax mass, of those that were measured: the hottest are promoted
+                first. The same object until it has changed.
         """
         scheduler = self._scheduler
         loads = tuple(
@@ -111,7 +113,10 @@ class Balance:
         for key, num_pages_kept in decision.splits:
             if scheduler.has(key):
                 scheduler.set_split(key, num_pages_kept)
-        scheduler.set_heat(heat)
+        if heat is not self._heat:
+            self._heat = heat
+            first = scheduler.pages.num_device_pages
+            scheduler.set_heat({first + page: mass for page, mass in heat.items()})
         scheduler.limit_running(decision.max_running)
         if (
             before is None

@@ -317,14 +317,13 @@ class EngineCore:
         self._host_wait_s += clocks.host_wait_s
         if balance is None or reads is None:
             return
-        num_device = self.ready.num_device_pages
         balance.after_step(
             step,
             clocks,
             reads,
             step_s=step_s,
             retained_mass=store.last_lowest_mass,
-            heat={num_device + page: heat for page, heat in store.host.heat().items()},
+            heat=store.host.heat,
         )
         store.looks_ahead = balance.layer_ahead or not balance.can_look_ahead
 

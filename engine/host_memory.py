@@ -99,6 +99,8 @@ class HostMemory:
 
     Attributes:
         pages: to be attended.
+        heat: page to the softmax mass that it holds for all its readers in a step, as far as it was measured; another
+            object whenever it has changed.
 
     Raises:
         ValueError: the nodes have no room for the pages.
@@ -144,6 +146,7 @@ class HostMemory:
         self._num_reads = np.zeros(
             num_pages
         )  # readers of each page, summed over the steps since the last look
+        self.heat: Mapping[int, float] = {}
         self._heat = np.zeros(num_pages)  # EWMA of the mass that a page held for all its readers in a step
         self._read_bytes = np.zeros(len(nodes), dtype=np.int64)
         self._delayed_s = np.zeros(len(nodes))
@@ -306,6 +309,8 @@ class HostMemory:
         # For all readers together: what a step reads of the page, in masses.
         held = self.memory.mass[pages] / (num_heads * OBSERVED_STEPS)
         self._heat[pages] += HOTNESS_WEIGHT * (held - self._heat[pages])
+        hot = np.flatnonzero(self._heat)
+        self.heat = dict(zip(hot.tolist(), self._heat[hot].tolist(), strict=True))
 
     def _page_reads(self, pages: npt.NDArray[np.int64]) -> PageReads:
         if not self.memory.has_heat:
@@ -317,11 +322,6 @@ class HostMemory:
         mass = np.minimum(1.0, self.memory.mass[pages] / times)
         # Only V is read sparsely where there is no index to tell which keys matter.
         return PageReads(pages, share if self.pages.index is not None else None, share, mass)
-
-    def heat(self) -> Mapping[int, float]:
-        """Host pages to the mass that they held for all their readers, as far as it was measured."""
-        pages = np.flatnonzero(self._heat)
-        return dict(zip(pages.tolist(), self._heat[pages].tolist(), strict=True))
 
     def _move(self, migrations: Sequence[Migration]) -> frozenset[tuple[int, Role]]:
         """In the mover's thread: returns the pieces that could not be moved."""
@@ -357,18 +357,15 @@ class HostMemory:
             logger.debug("%d pieces migrated, %d could not be", len(made), len(failed))
 
     def counts(self) -> MemoryCounts:
-        roles = self._roles
-        pages = [
-            self.memory.labels[column, self._is_placed] if role in roles else ()
-            for column, role in enumerate(ROLES)
-        ]
+        if self._rule is not None:
+            pages = tuple(tuple(row) for row in self._rule.books.num_pieces.tolist())
+        else:
+            count = int(np.count_nonzero(self._is_placed))
+            pages = tuple((count if role in self._roles else 0,) for role in ROLES)
         return MemoryCounts(
             tuple(self._read_bytes.tolist()),
             tuple(self._delayed_s.tolist()),
-            tuple(
-                tuple(np.bincount(np.asarray(row, np.int64), minlength=len(self.nodes)).tolist())
-                for row in pages
-            ),
+            pages,
             dict(self._migrated),
             self._num_failed,
         )
