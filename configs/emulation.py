@@ -4,7 +4,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
-_TIME_UNITS = {"ns": 1e-9, "us": 1e-6, "ms": 1e-3, "s": 1.0}
+_TIME_UNITS = {"ns": 1e9, "us": 1e6, "ms": 1e3, "s": 1.0}  # to a second
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,5 +49,5 @@ def parse_emulated_node(text: str, parse_count: Callable[[str], object]) -> Emul
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(ns|us|ms|s)", given.get("latency", "0ns"))
     if match is None:
         raise ValueError(f"{name}: write latency=250ns, us, ms or s, got {given['latency']!r}")
-    latency_s = float(match[1]) * _TIME_UNITS[match[2]]
+    latency_s = float(match[1]) / _TIME_UNITS[match[2]]
     return EmulatedNode(name, float(bandwidth), latency_s, capacity if isinstance(capacity, int) else None)
