@@ -8,6 +8,7 @@ An emulated node is made of the first DRAM node's memory. Its pages are labelled
 """
 
 import logging
+import math
 import os
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -31,6 +32,7 @@ from hybridgen.scheduler.placements import (
     ROLES,
     FirstTouch,
     Migration,
+    NoRoom,
     PageReads,
     PageShape,
     PaperRule,
@@ -136,9 +138,10 @@ class HostMemory:
             self.pages = KVPages(layout, pages.k, pages.v, pages.index, self.memory)
         else:
             shape = page_shape(layout, with_index=with_index)
-            # A node may be left with room for less than a whole piece.
-            piece = max(shape.role_bytes)
-            room = piece + sum(max(0, node.capacity_bytes - piece) for node in nodes)
+            # Every node but the last may be left with a rest too small for the largest piece.
+            unit = math.gcd(*shape.role_bytes)
+            rest = max(shape.role_bytes) - unit
+            room = rest + sum(max(0, node.capacity_bytes // unit * unit - rest) for node in nodes)
             wanted = sum(shape.role_bytes) * num_pages
             if room < wanted:
                 raise ValueError(
@@ -236,7 +239,13 @@ class HostMemory:
         if again:
             rule.release(again)
         self._is_placed[pages] = True
-        nodes = rule.place(pages, coming=coming)
+        try:
+            nodes = rule.place(pages, coming=coming)
+        except NoRoom:
+            if self._moving is None:
+                raise
+            self._finish_moves(wait=True)  # pieces on their way hold room at both ends
+            nodes = rule.place(pages, coming=coming)
         for column, role in enumerate(ROLES):
             if role not in self._arenas:
                 continue
@@ -330,6 +339,9 @@ class HostMemory:
     def _page_reads(self, pages: npt.NDArray[np.int64]) -> PageReads:
         if not self.memory.has_heat:
             return PageReads(pages)
+        if not self.memory.tokens[pages].any():  # nothing was selected: short contexts are read in full
+            whole = np.ones(len(pages))
+            return PageReads(pages, whole, whole)
         # Added up over layers, KV heads, readers and steps.
         num_heads = self.layout.num_layers * self.layout.num_kv_heads
         times = self._num_reads[pages] * num_heads

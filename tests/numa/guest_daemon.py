@@ -16,7 +16,6 @@ import urllib.request
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cache
 from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,7 +25,6 @@ from machine import NODES
 
 DRAM = {node.id for node in NODES if node.has_cpu}
 CPU_LESS = {node.id for node in NODES} - DRAM
-ONE_NODE = ("--memory-tiers", "1=none,2=none,3=none")
 NUM_PAGES = 128
 SYSTEM_PAGE = 4096
 MOVE_PAGES = 279  # the system call's number on x86-64
@@ -35,15 +33,32 @@ ARENA = re.compile(
 )
 
 NUM_TOKENS = 40
-PROMPT = "".join(
-    f"The {animal} of {city} has the number {number}. "
-    for number, (city, animal) in enumerate(
-        product(
-            ("Paris", "Rome", "Lima", "Oslo"), ("cat", "dog", "horse", "owl", "fox", "bear", "wolf", "hen")
-        ),
-        1000,
-    )
+CITIES = (
+    "Paris",
+    "Rome",
+    "Lima",
+    "Oslo",
+    "Cairo",
+    "Delhi",
+    "Quito",
+    "Berlin",
+    "Tokyo",
+    "Madrid",
+    "Vienna",
+    "Dublin",
 )
+ANIMALS = ("cat", "dog", "horse", "owl", "fox", "bear", "wolf", "hen")
+
+
+def prompt(num_cities: int) -> str:
+    """About a hundred tokens for each."""
+    return "".join(
+        f"The {animal} of {city} has the number {number}. "
+        for number, (city, animal) in enumerate(product(CITIES[:num_cities], ANIMALS), 1000)
+    )
+
+
+SHORT, LONG = prompt(4), prompt(12)  # of the long one `mass` reads a part
 
 
 class Pieces(NamedTuple):
@@ -197,19 +212,31 @@ def difference(one: Answer, other: Answer) -> str:
     return f"{max(abs(a - b) for a, b in zip(one.logprobs, other.logprobs, strict=True)):.1e}"
 
 
-@cache
-def on_one_node(policy: str) -> Answer:
-    """The answer with all pages on node 0, where they are verified to lie."""
-    with daemon("--host-attention", policy, *ONE_NODE) as server:
-        answer = answer_of(server, PROMPT, NUM_TOKENS)
-        counts = server.verify()
-        assert all(set(nodes) == {0} for nodes in counts.values()), counts
-        return answer
+def on_one_node(policy: str, prompt: str) -> Answer:
+    """The answer with all pages on node 0, where they are verified to lie, of an engine in this process."""
+    # Not above: it takes as long to import as the daemon's, which is better had when that has ended.
+    from hybridgen.engine.llm import LLM
+    from hybridgen.engine.request import SamplingParams
+
+    llm = LLM(
+        host_pages=NUM_PAGES,
+        max_num_seqs=4,
+        host_attention=policy,
+        memory_tiers={node.id: "none" for node in NODES if node.id},
+    )
+    params = SamplingParams(max_tokens=NUM_TOKENS, temperature=0, ignore_eos=True, logprobs=1)
+    (output,) = llm.generate([prompt], params)
+    for page in (0, len(output.prompt_token_ids) // 32):
+        (word,) = re.findall(r"by the kernel's word, NUMA nodes: (.*)", "\n".join(llm._core.explain(page)))
+        assert set(re.findall(r"\bon (.*?)(?:,|$)", word)) == {"0"}, word
+    choice = output.outputs[0]
+    tokens = [llm.get_tokenizer().decode([token]) for token in choice.token_ids]
+    return Answer(tokens, [one.logprob for one in choice.logprobs or ()], len(output.prompt_token_ids))
 
 
 def with_the_paper_rule_keys_lie_in_dram_and_values_on_cpu_less_nodes() -> str:
     with daemon("--placement", "paper") as server:
-        answer = answer_of(server, PROMPT, NUM_TOKENS)
+        answer = answer_of(server, SHORT, NUM_TOKENS)
         counts = server.verify()
         assert set(server.pieces) == {"k", "v"}
         assert set(counts["k"]) == DRAM, counts
@@ -223,21 +250,21 @@ def with_the_paper_rule_keys_lie_in_dram_and_values_on_cpu_less_nodes() -> str:
         assert re.search(r"by the kernel's word, NUMA nodes: k on [01], v on [23]\n", explained), explained
         print(explained, end="")
         maps = {role: server.mapped(role) for role in server.pieces}
-    same = difference(answer, on_one_node("exact"))
+    same = difference(answer, on_one_node("exact", SHORT))
     return (
         f"ready after {server.ready_s:.0f} s; {answer.num_prompt_tokens} prompt tokens; pieces by node {counts}, KiB "
-        f"by /proc/PID/numa_maps {maps}; {len(answer.tokens)} tokens equal those of one node (log-probabilities differ by "
-        f"{same}): {''.join(answer.tokens)!r}"
+        f"by /proc/PID/numa_maps {maps}; {len(answer.tokens)} tokens equal those of one node (log-probabilities "
+        f"differ by {same}): {''.join(answer.tokens)!r}"
     )
 
 
 def with_the_mapper_labels_are_true_and_migrations_change_no_token() -> str:
     with daemon("--placement", "mapper", "--host-attention", "mass") as server:
-        first = answer_of(server, PROMPT, NUM_TOKENS)
+        first = answer_of(server, LONG, NUM_TOKENS)
         time.sleep(1)  # for migrations that the last steps began
         counts = server.verify()
         migrated = server.metric("hybridgen:migrated_pieces_total")
-        again = answer_of(server, PROMPT, NUM_TOKENS)
+        again = answer_of(server, LONG, NUM_TOKENS)
         time.sleep(1)
         counts_again = server.verify()
         hits = server.metric("vllm:prefix_cache_hits_total")
@@ -246,7 +273,7 @@ def with_the_mapper_labels_are_true_and_migrations_change_no_token() -> str:
         print("\n".join(summary))
     assert migrated > 0, counts
     assert hits > 0
-    expected = on_one_node("mass")
+    expected = on_one_node("mass", LONG)
     same, same_again = difference(first, expected), difference(again, expected)
     return (
         f"pieces by node {counts}, {migrated:.0f} migrated, then {counts_again}, {migrated_again:.0f} migrated; the "
