@@ -219,8 +219,8 @@ class SemanticMapper(RuleBase):
         hotness = books.hotness[page]
         known = f"holds {hotness:.4f} of the mass" if hotness >= 0 else "mass never measured"
         lines = [
-            f"page {page}: {books.readers[page]} readers, {known}, placed {books.step - books.placed_at[page]} steps "
-            f"ago, read {books.step - books.read_at[page]} steps ago"
+            f"page {page}: {books.readers[page]} readers, {known}, placed {books.step - books.placed_at[page]} "
+            f"observations ago, read {books.step - books.read_at[page]} ago"
         ]
         times = 1e3 * books.loads / books.bandwidth
         for column, role in enumerate(ROLES):
