@@ -14,8 +14,8 @@ import threading
 import time
 import urllib.request
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -50,15 +50,19 @@ CITIES = (
 ANIMALS = ("cat", "dog", "horse", "owl", "fox", "bear", "wolf", "hen")
 
 
-def prompt(num_cities: int) -> str:
+def prompt(*cities: str) -> str:
     """About a hundred tokens for each."""
     return "".join(
         f"The {animal} of {city} has the number {number}. "
-        for number, (city, animal) in enumerate(product(CITIES[:num_cities], ANIMALS), 1000)
+        for number, (city, animal) in enumerate(product(cities, ANIMALS), 1000)
     )
 
 
-SHORT, LONG = prompt(4), prompt(12)  # of the long one `mass` reads a part
+SHORT, OTHER, LONG = (
+    prompt(*CITIES[:4]),
+    prompt(*CITIES[4:8]),
+    prompt(*CITIES),
+)  # of the long one `mass` reads a part
 
 
 class Pieces(NamedTuple):
@@ -212,9 +216,9 @@ def difference(one: Answer, other: Answer) -> str:
     return f"{max(abs(a - b) for a, b in zip(one.logprobs, other.logprobs, strict=True)):.1e}"
 
 
-def on_one_node(policy: str, prompt: str) -> Answer:
-    """The answer with all pages on node 0, where they are verified to lie, of an engine in this process."""
-    # Not above: it takes as long to import as the daemon's, which is better had when that has ended.
+def on_one_node(policy: str, *prompts: str) -> list[Answer]:
+    """The answers with all pages on node 0, where they are verified to lie, of an engine in this process."""
+    # Not above: importing takes as long as the daemon's own, which is not to wait for it.
     from hybridgen.engine.llm import LLM
     from hybridgen.engine.request import SamplingParams
 
@@ -225,13 +229,34 @@ def on_one_node(policy: str, prompt: str) -> Answer:
         memory_tiers={node.id: "none" for node in NODES if node.id},
     )
     params = SamplingParams(max_tokens=NUM_TOKENS, temperature=0, ignore_eos=True, logprobs=1)
-    (output,) = llm.generate([prompt], params)
-    for page in (0, len(output.prompt_token_ids) // 32):
-        (word,) = re.findall(r"by the kernel's word, NUMA nodes: (.*)", "\n".join(llm._core.explain(page)))
-        assert set(re.findall(r"\bon (.*?)(?:,|$)", word)) == {"0"}, word
-    choice = output.outputs[0]
-    tokens = [llm.get_tokenizer().decode([token]) for token in choice.token_ids]
-    return Answer(tokens, [one.logprob for one in choice.logprobs or ()], len(output.prompt_token_ids))
+    answers: list[Answer] = []
+    for prompt in prompts:
+        (output,) = llm.generate([prompt], params)
+        choice = output.outputs[0]
+        tokens = [llm.get_tokenizer().decode([token]) for token in choice.token_ids]
+        logprobs = [one.logprob for one in choice.logprobs or ()]
+        answers.append(Answer(tokens, logprobs, len(output.prompt_token_ids)))
+    arenas = llm._core._runner.store.host.arenas
+    assert all(set(arena.node_bytes()) == {0} for arena in arenas.values())
+    return answers
+
+
+@contextmanager
+def filled(nodes: Iterable[int]) -> Iterator[int]:
+    """Nodes that other memory takes all of; how many MiB that took."""
+    import torch
+
+    from hybridgen.kernels.arena import Arena
+    from hybridgen.kernels.memory import NodeFull
+
+    kept: list[Arena] = []
+    for node in nodes:
+        for piece_bytes, at_once in ((2 << 20, 25), (32 << 10, 16), (32 << 10, 1)):
+            kept.append(Arena((1200 << 20) // piece_bytes, (piece_bytes,), torch.uint8, name="other memory"))
+            with suppress(NodeFull):
+                for first in range(0, kept[-1].num_pages, at_once):
+                    kept[-1].bind(range(first, first + at_once), node)
+    yield sum(sum(arena.node_bytes().values()) for arena in kept) >> 20
 
 
 def with_the_paper_rule_keys_lie_in_dram_and_values_on_cpu_less_nodes() -> str:
@@ -250,11 +275,21 @@ def with_the_paper_rule_keys_lie_in_dram_and_values_on_cpu_less_nodes() -> str:
         assert re.search(r"by the kernel's word, NUMA nodes: k on [01], v on [23]\n", explained), explained
         print(explained, end="")
         maps = {role: server.mapped(role) for role in server.pieces}
-    same = difference(answer, on_one_node("exact", SHORT))
+        with filled(CPU_LESS) as mebibytes:
+            other = answer_of(server, OTHER, NUM_TOKENS)
+        both = server.verify()
+        told = [
+            re.sub(r".*host_memory: ", "", line).strip() for line in server.log if " pieces went to " in line
+        ]
+    assert both["v"][0] + both["v"].get(1, 0) > 0, both
+    assert told
+    expected, expected_other = on_one_node("exact", SHORT, OTHER)
+    same, same_other = difference(answer, expected), difference(other, expected_other)
+    print(f"{mebibytes} MiB of other memory on nodes 2 and 3, then «{told[0]}»")
     return (
         f"ready after {server.ready_s:.0f} s; {answer.num_prompt_tokens} prompt tokens; pieces by node {counts}, KiB "
-        f"by /proc/PID/numa_maps {maps}; {len(answer.tokens)} tokens equal those of one node (log-probabilities "
-        f"differ by {same}): {''.join(answer.tokens)!r}"
+        f"by /proc/PID/numa_maps {maps}; nodes 2 and 3 filled, another answer: {both}; 2 x {len(answer.tokens)} tokens "
+        f"equal those of one node (log-probabilities differ by {same}, {same_other}): {''.join(answer.tokens)!r}"
     )
 
 
@@ -273,7 +308,7 @@ def with_the_mapper_labels_are_true_and_migrations_change_no_token() -> str:
         print("\n".join(summary))
     assert migrated > 0, counts
     assert hits > 0
-    expected = on_one_node("mass", LONG)
+    (expected,) = on_one_node("mass", LONG)
     same, same_again = difference(first, expected), difference(again, expected)
     return (
         f"pieces by node {counts}, {migrated:.0f} migrated, then {counts_again}, {migrated_again:.0f} migrated; the "
