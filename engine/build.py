@@ -27,6 +27,8 @@ from hybridgen.engine.runner import ModelRunner
 from hybridgen.engine.sampler import Sampler
 from hybridgen.engine.weights import WeightError, dummy_weights, load_weights, resolve_model
 from hybridgen.kernels.layout import KVLayout
+from hybridgen.kernels.memory import PlacementForbidden, check_placement
+from hybridgen.kernels.numa import allowed_nodes
 from hybridgen.kernels.policies.base import Policy
 from hybridgen.kernels.policies.exact import ExactPolicy
 from hybridgen.kernels.policies.hybridgen import HybridGenPolicy
@@ -81,14 +83,16 @@ def build_engine(settings: EngineSettings) -> EngineCore:
     else:
         weights = load_weights(folder, spec, dtype=dtype, device=device, show_progress=True)
     pool, device_pool = make_pools(settings)
+    nodes, is_confined = host_nodes(settings, num_host_pages, layout, with_index=policy.needs_index)
     host = HostMemory(
         layout,
         num_host_pages,
-        host_nodes(settings, num_host_pages, layout, with_index=policy.needs_index),
+        nodes,
         with_index=policy.needs_index,
         rule=settings.placement,
         policy=settings.host_attention,
         migration_bytes=settings.migration_bytes,
+        is_confined=is_confined,
     )
     decoder = Decoder(
         spec, weights, max_model_len=max_model_len, pool=device_pool or pool, layer_ahead=settings.layer_ahead
@@ -179,24 +183,46 @@ def make_pools(settings: EngineSettings) -> tuple[AttentionPool, AttentionPool |
 
 def host_nodes(
     settings: EngineSettings, num_host_pages: int, layout: KVLayout, *, with_index: bool
-) -> tuple[MemoryNode, ...]:
-    """The memory nodes that host pages may lie on, DRAM first, then emulated ones.
+) -> tuple[tuple[MemoryNode, ...], bool]:
+    """The memory nodes that host pages may lie on, DRAM first, then emulated ones; and whether pages must be kept off
+    other nodes.
 
     Where there is only one, and none is emulated, nothing of it is measured: there is nothing to choose.
+
+    Raises:
+        ValueError: no node may hold pages, or none can be emulated.
     """
     topology, _ = describe_memory(settings.memory_tiers, measured=False)
-    several = len(topology.usable) > 1
+    if not topology.usable:
+        raise ValueError(
+            "no memory node may hold KV: --memory-tiers takes them all out; see hybridgen topology"
+        )
+    first, several = topology.usable[0], len(topology.usable) > 1
+    is_confined = not several and len(allowed_nodes()) > 1
+    if several or is_confined:
+        try:
+            check_placement()
+        except PlacementForbidden as error:
+            logger.warning("%s. Host pages lie where the system puts them", error)
+            several = is_confined = False
     wanted = sum(page_shape(layout, with_index=with_index).role_bytes) * num_host_pages
+    room = first.free_bytes + first.cached_bytes if is_confined else wanted
+    only = MemoryNode(first.id, f"{first.tier}{first.id}", Tier(first.tier), 1.0, 0.0, room)
     if not several and not settings.emulate_node:
-        return (MemoryNode(0, "dram0", Tier.DRAM, read_bandwidth=1.0, latency_s=0.0, capacity_bytes=wanted),)
+        return (only,), is_confined
     topology, measurements = describe_memory(settings.memory_tiers, measured=True)
     nodes = list(memory_nodes(topology, measurements))
-    if not nodes:
+    if not nodes and settings.emulate_node:
         raise ValueError(
-            "no memory node's speed is known, so that pages cannot be placed; see hybridgen topology"
+            "no memory node's speed is known, so that none can be emulated; see hybridgen topology"
         )
+    if not nodes:
+        logger.warning("no memory node's speed is known: host pages lie where the system puts them")
+        return (only,), False
     if not several:
-        nodes[0] = replace(nodes[0], capacity_bytes=max(nodes[0].capacity_bytes, wanted))
+        nodes = nodes[:1]
+        if not is_confined:
+            nodes[0] = replace(nodes[0], capacity_bytes=max(nodes[0].capacity_bytes, wanted))
     real = {node.name: position for position, node in enumerate(nodes)}
     for number, node in enumerate(settings.emulate_node):
         if node.name in real:
@@ -230,7 +256,7 @@ def host_nodes(
                 emulated=True,
             )
         )
-    return tuple(nodes)
+    return tuple(nodes), is_confined
 
 
 def make_balance(

@@ -8,10 +8,12 @@ An emulated node is made of the first DRAM node's memory. Its pages are labelled
 """
 
 import logging
+import math
+import os
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -22,6 +24,7 @@ from hybridgen.kernels.attention import KVPages, allocate_pages
 from hybridgen.kernels.index import KVIndex, index_shapes
 from hybridgen.kernels.layout import KVLayout
 from hybridgen.kernels.memory import NodeFull, NodeUnavailable, PlacementForbidden
+from hybridgen.kernels.numa import allowed_nodes
 from hybridgen.kernels.page_memory import NodeReads, NodeSpeed, PageMemory
 from hybridgen.scheduler.machine import MemoryNode, Role, Tier
 from hybridgen.scheduler.mapper import SemanticMapper
@@ -30,6 +33,7 @@ from hybridgen.scheduler.placements import (
     ROLES,
     FirstTouch,
     Migration,
+    NoRoom,
     PageReads,
     PageShape,
     PaperRule,
@@ -92,10 +96,12 @@ class HostMemory:
     With one node there is nothing to decide: pages come as the system gives them, and only what is read is counted.
 
     Args:
-        nodes: that hold pages, DRAM first; emulated ones have numbers from FIRST_EMULATED_ID on.
+        nodes: that hold pages, DRAM first; emulated ones have numbers from FIRST_EMULATED_ID on. Several real ones only
+            where placing memory is allowed.
         rule: a name of `RULES`.
         policy: a name of `PATTERNS`.
         migration_bytes: most to be moved at a time.
+        is_confined: whether there are other nodes, that are not to hold pages: then even one node's are bound to it.
 
     Attributes:
         pages: to be attended.
@@ -117,6 +123,7 @@ class HostMemory:
         rule: str,
         policy: str,
         migration_bytes: int,
+        is_confined: bool = False,
     ) -> None:
         self.nodes = tuple(nodes)
         self.layout = layout
@@ -129,18 +136,23 @@ class HostMemory:
         self._arenas: dict[Role, Arena] = {}
         self._rule: RuleBase | None = None
         self._is_placed = np.zeros(num_pages, dtype=bool)
-        if len(nodes) == 1 or num_pages == 0:
+        if num_pages == 0 or (len(nodes) == 1 and not is_confined):
             pages = allocate_pages(layout, num_pages, with_index=with_index)
             self.pages = KVPages(layout, pages.k, pages.v, pages.index, self.memory)
         else:
             shape = page_shape(layout, with_index=with_index)
-            room, wanted = sum(node.capacity_bytes for node in nodes), sum(shape.role_bytes) * num_pages
+            # Every node but the last may be left with a rest too small for the largest piece.
+            unit = math.gcd(*shape.role_bytes)
+            rest = max(shape.role_bytes) - unit
+            room = rest + sum(max(0, node.capacity_bytes // unit * unit - rest) for node in nodes)
+            wanted = sum(shape.role_bytes) * num_pages
             if room < wanted:
                 raise ValueError(
-                    f"{num_pages} host pages take {wanted} bytes; the memory nodes have room for {room}"
+                    f"{num_pages} host pages take {wanted} bytes; the memory nodes have room for {room}. Lower "
+                    "--kv-cache-memory-bytes or --host-pages"
                 )
             self._rule = RULES[rule](nodes, shape, PATTERNS[policy], num_pages)
-            self.pages = self._allocate(layout, num_pages, with_index)
+            self.pages = self._allocate(layout, num_pages, with_index, is_confined)
         self._home = next(node.id for node in nodes if node.id < FIRST_EMULATED_ID)
         self._num_steps = 0
         self._num_reads = np.zeros(
@@ -169,13 +181,24 @@ class HostMemory:
             migration_bytes=0,
         )
 
-    def _allocate(self, layout: KVLayout, num_pages: int, with_index: bool) -> KVPages:
+    def _allocate(self, layout: KVLayout, num_pages: int, with_index: bool, is_confined: bool) -> KVPages:
         physical = sorted({node.id for node in self.nodes if node.id < FIRST_EMULATED_ID})
+        if is_confined:
+            physical = sorted({*physical, *allowed_nodes()})
         half = layout.shape(num_pages)[1:]
 
         def arena(role: Role, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
             made = Arena(num_pages, shape, dtype, name=f"host {role}", nodes=physical)
             made.lock()
+            logger.debug(
+                "host %s: %d pieces of %d bytes, %d bytes apart, from address %#x on: see /proc/%d/numa_maps",
+                role,
+                num_pages,
+                made.piece_bytes,
+                made.stride_bytes,
+                made.address,
+                os.getpid(),
+            )
             self._arenas[role] = made
             return made.pages
 
@@ -188,12 +211,12 @@ class HostMemory:
 
     @property
     def rule(self) -> RuleBase | None:
-        """None where there is one node only."""
+        """None where the system places pages."""
         return self._rule
 
     @property
     def arenas(self) -> Mapping[Role, Arena]:
-        """Empty where there is one node only."""
+        """Empty where the system places pages."""
         return self._arenas
 
     @property
@@ -208,7 +231,8 @@ class HostMemory:
             coming: pages that are known to follow soon.
 
         Raises:
-            NodeFull: no node has memory left for them, whatever their capacities say.
+            NodeFull, NodeUnavailable: no node has memory left for them, whatever their capacities say.
+            NoRoom: likewise, after that has been found out of some nodes.
         """
         rule = self._rule
         self._heat[pages] = 0
@@ -221,7 +245,13 @@ class HostMemory:
         if again:
             rule.release(again)
         self._is_placed[pages] = True
-        nodes = rule.place(pages, coming=coming)
+        try:
+            nodes = rule.place(pages, coming=coming)
+        except NoRoom:
+            if self._moving is None:
+                raise
+            self._finish_moves(wait=True)  # pieces on their way hold room at both ends
+            nodes = rule.place(pages, coming=coming)
         for column, role in enumerate(ROLES):
             if role not in self._arenas:
                 continue
@@ -232,34 +262,47 @@ class HostMemory:
                 self._bind(role, those, node)
 
     def _bind(self, role: Role, pages: Sequence[int], node: int) -> None:
-        """Have the pages' memory on a node; where it has none left although its capacity says so, on another one."""
+        """Have the pages' memory on a node; where it has none left although its capacity says so, on others."""
+        try:
+            self._bind_on(self._arenas[role], pages, node)
+        except (NodeFull, NodeUnavailable) as error:
+            self._bind_elsewhere(role, pages, node, error)
+        else:
+            self.memory.labels[ROLES.index(role), pages] = self._position[node]
+
+    def _bind_elsewhere(
+        self, role: Role, pages: Sequence[int], node: int, error: NodeFull | NodeUnavailable
+    ) -> None:
         rule, arena = self._rule, self._arenas[role]
         assert rule is not None
-        try:
-            self._bind_on(arena, pages, node)
-        except (NodeFull, NodeUnavailable) as error:
-            position = self._position[node]
-            # What it holds is what it can hold: the rule asks it for no more.
-            rule.books.capacity[position] = rule.books.used[position]
-            others = [other for other in self.nodes if other.id not in (node, self._home_of(node))]
-            for other in sorted(others, key=lambda other: rule.books.used[self._position[other.id]]):
-                free = (
-                    rule.books.capacity[self._position[other.id]] - rule.books.used[self._position[other.id]]
-                )
-                if free < arena.stride_bytes * len(pages):
-                    continue
-                try:
-                    self._bind_on(arena, pages, other.id)
-                except (NodeFull, NodeUnavailable):
-                    continue
-                logger.warning("%s; %d pieces went to %s", error, len(pages), other.name)
-                for page in pages:
-                    rule.books.move(page, role, node, other.id)
-                node = other.id
+        books, left = rule.books, list(pages)
+
+        def room(other: MemoryNode) -> int:
+            position = self._position[other.id]
+            free = books.capacity[position] - books.used[position] - books.reserved[position]
+            return max(0, int(free // arena.stride_bytes))
+
+        full = self._home_of(node)
+        others = [other for other in self.nodes if self._home_of(other.id) != full]
+        for other in sorted(others, key=room, reverse=True):
+            those = left[: room(other)]
+            if not those:
+                continue
+            try:
+                self._bind_on(arena, those, other.id)
+            except (NodeFull, NodeUnavailable):
+                continue
+            logger.warning("%s; %d pieces went to %s", error, len(those), other.name)
+            for page in those:
+                books.move(page, role, node, other.id)
+            self.memory.labels[ROLES.index(role), those] = self._position[other.id]
+            left = left[len(those) :]
+            if not left:
                 break
-            else:
-                raise
-        self.memory.labels[ROLES.index(role), pages] = self._position[node]
+        # What it holds is what it can hold: the rule asks it for no more.
+        books.capacity[self._position[node]] = books.used[self._position[node]]
+        if left:
+            raise error
 
     def _bind_on(self, arena: Arena, pages: Sequence[int], node: int) -> None:
         if len(arena.nodes) > 1:
@@ -296,6 +339,9 @@ class HostMemory:
             if self._moving is None:
                 migrations = rule.plan(self._migration_bytes)
                 if migrations and self._mover is not None:
+                    # Pages that are prepared meanwhile must not take the room.
+                    for move in migrations:
+                        rule.books.reserved[self._position[move.target]] += self._piece_bytes(move)
                     self._moving = migrations, self._mover.submit(self._move, migrations)
         self._note_heat()
         self._num_reads[:] = 0
@@ -315,6 +361,9 @@ class HostMemory:
     def _page_reads(self, pages: npt.NDArray[np.int64]) -> PageReads:
         if not self.memory.has_heat:
             return PageReads(pages)
+        if not self.memory.tokens[pages].any():  # nothing was selected: short contexts are read in full
+            whole = np.ones(len(pages))
+            return PageReads(pages, whole, whole)
         # Added up over layers, KV heads, readers and steps.
         num_heads = self.layout.num_layers * self.layout.num_kv_heads
         times = self._num_reads[pages] * num_heads
@@ -339,6 +388,9 @@ class HostMemory:
                 failed |= {(page, role) for page in pages}
         return frozenset(failed)
 
+    def _piece_bytes(self, move: Migration) -> int:
+        return self._arenas[move.role].stride_bytes
+
     def _finish_moves(self, *, wait: bool) -> None:
         """Write down what the mover has done, if it has."""
         if self._moving is None or not (wait or self._moving[1].done()):
@@ -346,15 +398,23 @@ class HostMemory:
         migrations, future = self._moving
         failed = future.result()
         self._moving = None
-        assert self._rule is not None
-        made = [move for move in migrations if (move.page, move.role) not in failed]
-        self._rule.apply(made)
-        for move in made:
+        rule = self._rule
+        assert rule is not None
+        rule.books.reserved[:] = 0
+        num_made = 0
+        for move in migrations:
+            if (move.page, move.role) in failed:
+                continue
+            if not rule.books.has_room(self._position[move.target], self._piece_bytes(move)):
+                # What was to make room for it could not be moved.
+                self._move([replace(move, source=move.target, target=move.source)])
+                continue
+            rule.apply([move])
             self.memory.labels[ROLES.index(move.role), move.page] = self._position[move.target]
             self._migrated[move.source, move.target, move.reason] += 1
-        self._num_failed += len(failed)
-        if made:
-            logger.debug("%d pieces migrated, %d could not be", len(made), len(failed))
+            num_made += 1
+        self._num_failed += len(migrations) - num_made
+        logger.debug("%d pieces migrated, %d could not be", num_made, len(migrations) - num_made)
 
     def counts(self) -> MemoryCounts:
         if self._rule is not None:
@@ -371,13 +431,14 @@ class HostMemory:
         )
 
     def explain(self, page: int | None) -> tuple[str, ...]:
-        """Lines that say where a page lies and why; of the whole, without one."""
+        """Lines that say where a page lies and why; of the whole, without one. Not while attention is in flight."""
         rule = self._rule
         if rule is None:
             return (f"all host pages lie on {self.nodes[0].name}, the only memory node",)
         if page is not None and not 0 <= page < self.memory.num_pages:
             return (f"there is no host page {page}; they are 0 to {self.memory.num_pages - 1}",)
-        return self._reasons(rule, page) + (() if page is None else self._kernels_word(page))
+        self._finish_moves(wait=False)
+        return rule.describe() if page is None else rule.explain(page) + self._kernels_word(page)
 
     def _kernels_word(self, page: int) -> tuple[str, ...]:
         """What move_pages(2) says of each role's memory."""
@@ -389,23 +450,6 @@ class HostMemory:
             f"{role} on {' and '.join(map(str, of)) or 'none yet'}" for role, of in nodes.items()
         )
         return (f"  by the kernel's word, NUMA nodes: {words}",)
-
-    def _reasons(self, rule: RuleBase, page: int | None) -> tuple[str, ...]:
-        if isinstance(rule, SemanticMapper):
-            return rule.describe() if page is None else rule.explain(page)
-        labels = self.memory.labels
-        names = [node.name for node in self.nodes]
-        if page is None:
-            columns = range(len(ROLES))
-            return tuple(
-                f"{ROLES[c]}: " + ", ".join(f"{n} on {name}" for n, name in zip(row, names, strict=True))
-                for c, row in zip(columns, self.counts().pages, strict=True)
-            )
-        return tuple(
-            f"{role}: {names[labels[column, page]]}"
-            for column, role in enumerate(ROLES)
-            if role in self._arenas
-        )
 
     def close(self) -> None:
         """Wait for migrations under way; there will be no others."""

@@ -81,13 +81,13 @@ class KVStore:
         self.clocks = StepClocks()
         num_device, page_size = self._device.num_pages, self._device.layout.page_size
         begin_s = time.perf_counter()
-        written = [move.target for move in step.moves]
+        self.carry_out(step.moves)
         if not num_device:
+            written: list[int] = []
             for item in step.sequences:
                 first = -(-item.begin // page_size)  # pages whose first slot is written
                 written += item.block_table[first : -(-item.end // page_size)]
-        self.host.prepare([page - num_device for page in written if page >= num_device])
-        self.carry_out(step.moves)
+            self.host.prepare(written)
         self.clocks.moved_s = time.perf_counter() - begin_s if step.moves else 0.0
         self.host.begin_step(
             [
@@ -117,6 +117,8 @@ class KVStore:
         sources, targets = [move.source for move in moves], [move.target for move in moves]
         if sources[0] < num_device:
             host_ids = [target - num_device for target in targets]
+            # Now, not earlier: a move before these may have read what they overwrite.
+            self.host.prepare(host_ids)
             copy_pages(self._pool, self._device, sources, self._host, host_ids)
         else:
             host_ids = [source - num_device for source in sources]

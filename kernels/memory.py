@@ -122,6 +122,17 @@ def set_policy(address: int, num_bytes: int, policy: Policy, nodes: Sequence[int
     _raise(error)
 
 
+def check_placement() -> None:
+    """Try placing memory, and asking where it lies.
+
+    Raises:
+        PlacementForbidden: the system does not let this process.
+    """
+    memory = map_bytes(PAGE_BYTES, huge=False)
+    set_policy(memory.data_ptr(), PAGE_BYTES, Policy.LOCAL)
+    page_nodes(np.array([memory.data_ptr()], np.uint64))
+
+
 def advise_huge(address: int, num_bytes: int, *, huge: bool) -> None:
     """Whether what is touched from now on comes in huge pages, where the system grants them."""
     _raise(_cpu.advise(address, num_bytes, _huge_advice(huge)))

@@ -45,6 +45,11 @@ class MemoryNode:
     capacity_bytes: int
     emulated: bool = False
 
+    @property
+    def label(self) -> str:
+        """Its name for people."""
+        return f"{self.name} (emulated)" if self.emulated else self.name
+
     def __post_init__(self) -> None:
         if self.read_bandwidth <= 0 or self.latency_s < 0 or self.capacity_bytes < 0:
             raise ValueError(

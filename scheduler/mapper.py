@@ -219,8 +219,8 @@ class SemanticMapper(RuleBase):
         hotness = books.hotness[page]
         known = f"holds {hotness:.4f} of the mass" if hotness >= 0 else "mass never measured"
         lines = [
-            f"page {page}: {books.readers[page]} readers, {known}, placed {books.step - books.placed_at[page]} steps "
-            f"ago, read {books.step - books.read_at[page]} steps ago"
+            f"page {page}: {books.readers[page]} readers, {known}, placed {books.step - books.placed_at[page]} "
+            f"observations ago, read {books.step - books.read_at[page]} ago"
         ]
         times = 1e3 * books.loads / books.bandwidth
         for column, role in enumerate(ROLES):
@@ -232,7 +232,7 @@ class SemanticMapper(RuleBase):
             share = self._targets[column, position]
             full = books.used[position] + size > books.capacity[position]
             lines.append(
-                f"  {role}: {node.name}{' (emulated)' if node.emulated else ''}, {size / 1024:.0f} KiB, "
+                f"  {role}: {node.label}, {size / 1024:.0f} KiB, "
                 f"{read:.1%} of it read a step; {node.name} is to have {share:.0%} of all {role} and takes "
                 f"{times[position]:.2f} ms of the step's {times.max():.2f} ms{', and is full' if full else ''}"
             )
@@ -243,16 +243,11 @@ class SemanticMapper(RuleBase):
         books = self.books
         lines = [f"a step reads the host's pages in {1e3 * books.read_seconds():.2f} ms"]
         for position, node in enumerate(books.nodes):
-            roles = ", ".join(
-                f"{books.num_pieces[column, position]} {role}"
-                for column, role in enumerate(ROLES)
-                if books.num_pieces[column].any()
-            )
             lines.append(
-                f"  {node.name}{' (emulated)' if node.emulated else ''}, {node.tier}: "
+                f"  {node.label}, {node.tier}: "
                 f"{books.used[position] / 2**30:.2f} of {books.capacity[position] / 2**30:.2f} GiB, "
                 f"{books.loads[position] / 2**20:.1f} MiB a step at {node.read_bandwidth / 1e9:.1f} GB/s: "
-                f"{1e3 * books.loads[position] / books.bandwidth[position]:.2f} ms; {roles}"
+                f"{1e3 * books.loads[position] / books.bandwidth[position]:.2f} ms; {books.pieces_on(position)}"
             )
         return tuple(lines)
 

@@ -142,6 +142,7 @@ class Books:
         placed_at, read_at: [pages] number of the step.
         num_pieces: [roles, nodes].
         used: [nodes] bytes held.
+        reserved: [nodes] bytes of pieces on their way there; what they leave is theirs until they have left.
         loads: [nodes] bytes expected to be read in a step.
     """
 
@@ -168,14 +169,23 @@ class Books:
         self.read_at = np.zeros(num_pages, dtype=np.int64)
         self.num_pieces = np.zeros((len(ROLES), len(nodes)), dtype=np.int64)
         self.used = np.zeros(len(nodes))
+        self.reserved = np.zeros(len(nodes))
         self.loads = np.zeros(len(nodes))
         self.step = 0
 
     def is_placed(self, page: int) -> bool:
         return bool((self.node_of[page] >= 0).any())
 
+    def pieces_on(self, position: int) -> str:
+        """How many of each role, for people."""
+        return ", ".join(
+            f"{self.num_pieces[column, position]} {role}"
+            for column, role in enumerate(ROLES)
+            if self.num_pieces[column].any()
+        )
+
     def has_room(self, position: int, num_bytes: float) -> bool:
-        return bool(self.used[position] + num_bytes <= self.capacity[position])
+        return bool(self.used[position] + self.reserved[position] + num_bytes <= self.capacity[position])
 
     def take_in(self, page: int, positions: Sequence[int], readers: int) -> None:
         """Write down a new page; -1 for roles without bytes."""
@@ -284,6 +294,8 @@ class Books:
 class RuleBase:
     """What the rules share: books, and taking pages in whole. A rule says in which order nodes are asked."""
 
+    REASON = ""  # for its order, to people
+
     def __init__(
         self, nodes: Sequence[MemoryNode], shape: PageShape, pattern: ReadPattern, num_pages: int
     ) -> None:
@@ -291,7 +303,6 @@ class RuleBase:
         # What is read most is seated first, should there be room for one piece only.
         densest = sorted(range(len(ROLES)), key=lambda column: -pattern.shares[column])
         self._columns = [column for column in densest if shape.role_bytes[column]]
-        self._capacity = [node.capacity_bytes for node in nodes]
 
     def place(
         self, pages: Sequence[int], *, readers: int = 1, coming: int = 0
@@ -318,12 +329,13 @@ class RuleBase:
     def _choose(self, readers: int) -> tuple[int, ...] | None:
         """Positions of the nodes for one page, -1 for roles without bytes; None: there is no room."""
         books = self.books
-        used: list[float] = books.used.tolist()
+        used: list[float] = (books.used + books.reserved).tolist()
+        capacity: list[float] = books.capacity.tolist()
         positions = [-1] * len(ROLES)
         for column in self._columns:
             size = books.shape.role_bytes[column]
             for position in self._order(column, used):
-                if used[position] + size <= self._capacity[position]:
+                if used[position] + size <= capacity[position]:
                     positions[column] = position
                     used[position] += size
                     break
@@ -367,12 +379,40 @@ class RuleBase:
         """See `Placement.node_read_bytes`."""
         return tuple(self.books.loads.tolist())
 
+    def explain(self, page: int) -> tuple[str, ...]:
+        """Lines that say where the page's roles lie, and why."""
+        books = self.books
+        if not books.is_placed(page):
+            return (f"page {page} is free",)
+        return (
+            f"page {page}: {self.REASON}",
+            *(
+                f"  {role}: {books.nodes[position].label}"
+                for role, position in zip(ROLES, books.node_of[page].tolist(), strict=True)
+                if position >= 0
+            ),
+        )
+
+    def describe(self) -> tuple[str, ...]:
+        """Lines of the whole: every node's room, and which roles it holds."""
+        books = self.books
+        return (
+            self.REASON,
+            *(
+                f"  {node.label}, {node.tier}: {books.used[position] / 2**30:.2f} of "
+                f"{books.capacity[position] / 2**30:.2f} GiB; {books.pieces_on(position)}"
+                for position, node in enumerate(books.nodes)
+            ),
+        )
+
 
 class PaperRule(RuleBase):
     """Keys to DRAM, values to CXL memory, whatever is read of them (arXiv 2604.18529); overflow to the other.
 
     The index counts as keys, sums count as values. Nodes of a tier take turns by what room they have.
     """
+
+    REASON = "keys and index to DRAM, values and their sums to CXL memory, whatever is read of them"
 
     def _order(self, column: int, used: Sequence[float]) -> Sequence[int]:
         first = Tier.DRAM if ROLES[column] in (Role.INDEX, Role.K) else Tier.CXL
@@ -386,6 +426,8 @@ class PaperRule(RuleBase):
 class FirstTouch(RuleBase):
     """Fill DRAM, then CXL memory: what a kernel does that is not asked for anything else."""
 
+    REASON = "DRAM is filled first, then CXL memory"
+
     def _order(self, column: int, used: Sequence[float]) -> Sequence[int]:
         nodes = self.books.nodes
         return sorted(range(len(nodes)), key=lambda p: (nodes[p].tier is not Tier.DRAM, p))
@@ -393,6 +435,8 @@ class FirstTouch(RuleBase):
 
 class WeightedInterleave(RuleBase):
     """Every role over all nodes in proportion to their bandwidth, as Linux's weighted interleave does with pages."""
+
+    REASON = "every role is spread over the nodes in proportion to their bandwidth"
 
     def __init__(
         self, nodes: Sequence[MemoryNode], shape: PageShape, pattern: ReadPattern, num_pages: int
@@ -414,6 +458,7 @@ class WeightedInterleave(RuleBase):
 class RecencyRule(FirstTouch):
     """New pages in DRAM, the oldest in CXL memory: moves those out before DRAM is full."""
 
+    REASON = "new pages to DRAM; the oldest leave it for CXL memory before it is full"
     HIGH, LOW = 0.95, 0.90  # of DRAM in use: from where on pages leave, and until when
 
     def plan(self, byte_budget: int) -> tuple[Migration, ...]:

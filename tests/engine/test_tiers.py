@@ -7,13 +7,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from hybridgen.configs.emulation import EmulatedNode
 from hybridgen.configs.settings import EngineSettings
+from hybridgen.engine import build
 from hybridgen.engine.build import build_engine
 from hybridgen.engine.core import EngineCore
 from hybridgen.engine.kv_store import NotEnoughMemory
 from hybridgen.engine.request import Request, SamplingParams
 from hybridgen.kernels.isa import supported_isas
+from hybridgen.kernels.measurements import Measurements, NodeMeasurement
+from hybridgen.kernels.numa import read_topology
+from hybridgen.scheduler.step import PageMove
 from tests.models import CONFIGS, VOCAB_SIZE, save_model
 
 NUM_TOKENS = 64
@@ -291,3 +297,66 @@ def test_exact_attention_has_nothing_to_look_ahead_for(longer: Path) -> None:
 def test_a_floor_above_the_mass_is_refused(longer: Path) -> None:
     with pytest.raises(ValueError, match=r"floor is 0\.95"):
         engine(longer, host_attention="mass", attention_mass=0.9, attention_mass_floor=0.95)
+
+
+@pytest.fixture
+def emulating(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """Settings for two emulated nodes beside DRAM whose speed is known without measuring it."""
+    measurements = Measurements("", 0.0, 0.0, (NodeMeasurement(0, (0,), ((1, 20e9),), 1e-7, 1 << 20),))
+    monkeypatch.setattr(
+        build, "describe_memory", lambda tiers, measured: (read_topology(tiers=tiers), measurements)
+    )
+    nodes = EmulatedNode("slow", 10e9), EmulatedNode("small", 10e9, capacity_bytes=256 << 10)
+    return {"emulate_node": nodes, "migration_bytes": 64 << 10}
+
+
+@pytest.mark.parametrize("placement", ["mapper", "paper", "interleave"])
+@pytest.mark.parametrize("policy", ["exact", "mass", "hybridgen"])
+@pytest.mark.parametrize("num_device_pages", [0, 6])
+def test_the_nodes_that_host_pages_lie_on_change_no_token(
+    longer: Path, emulating: dict[str, Any], num_device_pages: int, policy: str, placement: str
+) -> None:
+    requests = {"x": random_tokens(1300, seed=2), "y": random_tokens(40, seed=3)}
+    settings = {
+        "num_device_pages": num_device_pages,
+        "num_host_pages": 110,
+        "host_attention": policy,
+        "hybridgen_adapt": False,  # it goes by times
+    }
+    plain, core = engine(longer, **settings), engine(longer, placement=placement, **settings, **emulating)
+    assert run(core, requests) == run(plain, requests)
+    stats = core.stats()
+    assert [node.name for node in stats.nodes] == ["dram0", "slow", "small"]
+    assert [node.read_bytes_total > 0 for node in stats.nodes] == [
+        any(node.num_pieces) for node in stats.nodes
+    ]
+    assert sum(node.read_bytes_total > 0 for node in stats.nodes) > 1
+    # Again, from the prefix cache, whose pages may have moved.
+    assert run(core, requests) == run(plain, requests)
+    assert core.stats().num_prefix_hits_total > 0
+
+
+def test_the_mapper_moves_pieces_while_tokens_come(longer: Path, emulating: dict[str, Any]) -> None:
+    settings = {"num_host_pages": 110, "host_attention": "mass", "attention_mass": 0.8}
+    core = engine(longer, **settings, **emulating)
+    requests = {"x": random_tokens(1500, seed=2)}
+    assert run(core, requests) == run(engine(longer, **settings), requests)
+    assert sum(move.num_total for move in core.stats().migrations) > 0
+
+
+def test_a_host_page_that_is_overwritten_in_the_step_that_promotes_it_is_read_first(
+    folders: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It was placed anew, and so lost, before the step's moves had read it."""
+    store = engine(folders("llama"), num_device_pages=4)._runner.store
+    host, device = store.host.pages, store._device
+
+    def forget(pages: Sequence[int]) -> None:
+        host.k[list(pages)] = float("nan")
+
+    monkeypatch.setattr(store.host, "prepare", forget)
+    device.k.copy_(torch.arange(4).view(-1, 1, 1, 1, 1).expand(device.k.shape))
+    host.k[7] = 70
+    store.carry_out([PageMove(4 + 7, 2), PageMove(3, 4 + 7)])
+    assert device.k[2].unique().tolist() == [70]
+    assert host.k[7].unique().tolist() == [3]

@@ -38,6 +38,7 @@ LEFT_OUT = re.compile(
     r"^(_?mypy|.*__mypyc|mypyc|pyright|cmake|ninja|pip|setuptools|virtualenv|ruff|hypothesis|openai|nodeenv|pre_commit|"
     r"torch/(include|test|share)|torch/bin/(?!torch_shm_manager)|torch/testing/_internal/generated)(/|-|\.|$)"
 )
+CHECK = re.compile(r"(ok|FAILED) +([^:]+)")  # as checks.py prints them
 MARKER = "guest: every test ended with status "
 
 
@@ -77,15 +78,20 @@ def main() -> int:
 def _qemu() -> str:
     if platform.machine() != "x86_64":
         raise CannotBoot(f"the guest is an x86-64 PC, this is {platform.machine()}")
-    name = "qemu-system-x86_64"
-    if shutil.which(name) is None and shutil.which("apt-get") and os.geteuid() == 0:
-        print("test-numa: installing qemu-system-x86", flush=True)
-        _apt("install", "--yes", "--no-install-recommends", "qemu-system-x86")
-    if (path := shutil.which(name)) is None:
-        raise CannotBoot(f"{name} is missing: apt-get install qemu-system-x86")
-    if shutil.which("mke2fs") is None:
-        raise CannotBoot("mke2fs is missing: apt-get install e2fsprogs")
-    return path
+    needed = {"qemu-system-x86_64": "qemu-system-x86", "mke2fs": "e2fsprogs"}
+    missing = [package for program, package in needed.items() if shutil.which(program) is None]
+    if missing and shutil.which("apt-get") and os.geteuid() == 0:
+        print(f"test-numa: installing {' '.join(missing)}", flush=True)
+        install = ("install", "--yes", "--no-install-recommends", *missing)
+        try:
+            _apt(*install)
+        except CannotBoot:  # a fresh machine has no lists of packages
+            _apt("update")
+            _apt(*install)
+    for program, package in needed.items():
+        if shutil.which(program) is None:
+            raise CannotBoot(f"{program} is missing: apt-get install {package}")
+    return "qemu-system-x86_64"
 
 
 def _kernel_and_busybox() -> tuple[Path, Path]:
@@ -296,10 +302,13 @@ def _boot(qemu: str, kernel: Path, initrd: Path, disk: Path) -> int:
     )
     assert process.stdout is not None
     status = ""
+    checks: list[str] = []
     try:
         for raw in process.stdout:
             line = raw.decode(errors="replace").rstrip()
             print(line, flush=True)
+            if match := CHECK.match(line):
+                checks.append(f"  {match[1]:<6}  {match[2]}")
             if line.startswith(MARKER):
                 status = line.removeprefix(MARKER)
     finally:
@@ -310,7 +319,8 @@ def _boot(qemu: str, kernel: Path, initrd: Path, disk: Path) -> int:
         reason = f"not done within {LIMIT_S} s" if process.returncode == 124 else "ended before its tests did"
         print(f"test-numa: FAILED: the guest was {reason} ({took})")
         return 1
-    print(f"test-numa: {'passed' if status == '0' else 'FAILED'} in {took}")
+    print("\n".join(["test-numa: what was checked:", *checks]))
+    print(f"test-numa: {'passed' if status == '0' else 'FAILED'}, {len(checks)} checks in {took}")
     return int(status != "0")
 
 
