@@ -155,6 +155,7 @@ class CostFactors:
         gather_share: the same when single rows are read. Assumption: 0.5 to 0.7 for rows of 256 bytes.
         core_fixed_share: of the time of attention in cache at 4 query heads a KV head that does not grow with their number.
         index_speed: tokens of the index scanned by a core in the time of one that is attended. `python -m bench.core_rates`.
+        logits_speed: keys scored and ranked by a core for `hybridgen`, in the same time. Half of the arithmetic is left.
         selected_share: of the tokens on the host whose K and V `mass` reads; 0.33 at 0.99 on text of 2k and 4k tokens
             (docs/accuracy.md), on a small model. Larger models and longer contexts are likely to need less.
         v_sums_share: of the sums of V that `mass` reads for its tail term.
@@ -177,6 +178,7 @@ class CostFactors:
     gather_share: float = 0.6
     core_fixed_share: float = 0.5
     index_speed: float = 3.0
+    logits_speed: float = 2.0
     selected_share: float = 0.33
     v_sums_share: float = 0.125
     top_k_ratio: float = 0.05
@@ -508,7 +510,9 @@ class CostModel:
             nodes = [a + b + c for a, b, c in zip(nodes, scan, gathered, strict=True)]
         elif scanned:
             keys = [scanned * half * k for k in k_shares]
-            early = self._on_cores(keys, factors.scan_share, self._core_s(scanned, threads) / 2)
+            early = self._on_cores(
+                keys, factors.scan_share, self._core_s(scanned, threads) / factors.logits_speed
+            )
             union = self._union_share()
             values = [scanned * half * union * v for v in v_shares]
             late = in_turn(

@@ -44,7 +44,7 @@ class Workload:
 
     Attributes:
         contexts: prompt lengths, in tokens; each request draws one.
-        output_tokens: that each request generates.
+        output_tokens: that each request generates; None, in a closed loop: enough for the steps to be measured.
         concurrency: closed loop: so many requests at a time, a new one for each that ends. None: open, see `rate`.
         rate: requests a second that arrive.
         poisson: whether they arrive at random moments, or at even distances.
@@ -55,7 +55,7 @@ class Workload:
     """
 
     contexts: tuple[int, ...]
-    output_tokens: int = 1 << 20
+    output_tokens: int | None = None
     concurrency: int | None = None
     rate: float | None = None
     poisson: bool = True
@@ -67,18 +67,12 @@ class Workload:
     def __post_init__(self) -> None:
         if (self.concurrency is None) == (self.rate is None):
             raise ValueError("a workload has either a concurrency or a rate")
-        if not self.contexts or min(self.contexts) < 1 or self.output_tokens < 1:
+        if not self.contexts or min(self.contexts) < 1 or (self.output_tokens or 1) < 1:
             raise ValueError(f"contexts {self.contexts}, {self.output_tokens} tokens to generate")
+        if self.output_tokens is None and self.rate is not None:
+            raise ValueError("requests that arrive at a rate need a number of tokens to generate")
         if (self.concurrency or 1) < 1 or (self.rate is not None and not self.rate > 0):
             raise ValueError(f"concurrency {self.concurrency}, rate {self.rate}")
-
-    @property
-    def max_tokens(self) -> int:
-        """Of the longest request, at the end of the simulation."""
-        generated = self.output_tokens
-        if self.concurrency is not None:
-            generated = min(generated, self.warmup_steps + self.num_steps + 1)
-        return max(self.contexts) + generated
 
 
 @dataclass(frozen=True, slots=True)
@@ -251,7 +245,8 @@ class Simulation:
         self._model, self._workload, self._limits = model, workload, limits
         page_size = limits.page_size
         capacity = find_capacity(model, limits)
-        max_tokens = workload.max_tokens
+        self._num_outputs = workload.output_tokens or self._enough_tokens()
+        max_tokens = max(workload.contexts) + self._num_outputs
         pages_each = -(-max_tokens // page_size) + 1
         num_seqs = min(limits.max_num_seqs, workload.concurrency or workload.num_requests)
         num_device_pages = min(capacity.num_device_pages, num_seqs * pages_each)
@@ -307,6 +302,14 @@ class Simulation:
             )
         )
 
+    def _enough_tokens(self) -> int:
+        """So many that no request ends before the steps to be measured, while others' prompts are computed as well."""
+        workload = self._workload
+        assert workload.concurrency is not None
+        prompts = workload.concurrency * max(workload.contexts)
+        num_prompt_steps = workload.concurrency + 2 * -(-prompts // self._limits.max_num_batched_tokens)
+        return workload.warmup_steps + workload.num_steps + num_prompt_steps
+
     # -- the loop --
 
     def run(self) -> SimulationResult:
@@ -353,15 +356,15 @@ class Simulation:
         return self._random.choice(self._workload.contexts)
 
     def _admit(self) -> None:
-        workload = self._workload
         while self._queue and self._queue[0][0] <= self._clock and len(self._requests) < self._max_running:
             arrived_s, num_prompt = self._queue.popleft()
-            generated = workload.max_tokens - max(workload.contexts)
             request = _Request(self._next_key, arrived_s, num_prompt)
             self._next_key += 1
             try:
                 self._scheduler.add(
-                    request.key, array("I", bytes(4 * num_prompt)), max_total_tokens=num_prompt + generated
+                    request.key,
+                    array("I", bytes(4 * num_prompt)),
+                    max_total_tokens=num_prompt + self._num_outputs,
                 )
             except NeverFits as error:
                 model = self._model
@@ -430,7 +433,7 @@ class Simulation:
             request.num_generated += 1
             if request.num_generated == 1:
                 self._ttft.append(self._clock - request.arrived_s)
-            if request.num_generated >= self._workload.output_tokens:
+            if request.num_generated >= self._num_outputs:
                 self._finish(request)
         return len(sampled)
 

@@ -1,0 +1,202 @@
+"""What this machine does, measured in a few seconds for planning: bandwidth, attention in and out of the cache, products."""
+
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from hybridgen.engine.kv_store import available_host_bytes
+from hybridgen.kernels.attention import AttentionStep, KVLayout, KVPages, allocate_pages
+from hybridgen.kernels.index import build_index
+from hybridgen.kernels.linear import Linear
+from hybridgen.kernels.policies.base import Policy
+from hybridgen.kernels.policies.hybridgen import HybridGenPolicy
+from hybridgen.kernels.policies.mass import MassPolicy
+from hybridgen.kernels.pool import AttentionPool
+from hybridgen.scheduler.cost import CostFactors, ModelShape
+from hybridgen.scheduler.machine import Machine, MemoryNode, Tier
+
+PAGE_SIZE = 32
+CACHED_TOKENS = 512  # K and V of a KV head of 128 dims: 256 KiB
+_READ_BYTES = 256 << 20
+_TURN_S = 0.12  # of each measurement
+
+
+def cpu_name() -> str:
+    """The CPU's model name, as the kernel says it."""
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            return line.split(":", 1)[1].strip()
+    return "unknown CPU"
+
+
+def measure_machine(
+    shape: ModelShape,
+    *,
+    num_threads: int | None = None,
+    policies: tuple[str, ...] = (),
+    key_scale: float = 1.0,
+) -> tuple[Machine, CostFactors]:
+    """This machine as the attention of a model sees it: one DRAM node, no device. Takes 2 to 5 seconds.
+
+    Args:
+        num_threads: of the pool; default: one for each core.
+        policies: of "mass" and "hybridgen", those whose own factors are to be measured too, on random keys.
+        key_scale: standard deviation of those keys: of the logits, where queries have unit variance.
+    """
+    with AttentionPool(num_threads=num_threads) as pool:
+        buffer = torch.ones(_READ_BYTES // 8, dtype=torch.int64)
+        bandwidth = buffer.nbytes / _fastest(lambda: pool.plain_read(buffer))
+        del buffer
+        core_flops, fixed_share = _core_rates(pool.isa, shape.head_dim)
+        node = MemoryNode(0, "dram", Tier.DRAM, bandwidth, 100e-9, available_host_bytes())
+        machine = Machine(
+            name=f"{cpu_name()}, {pool.num_threads} threads",
+            device=None,
+            nodes=(node,),
+            num_cores=pool.num_threads,
+            core_flops=core_flops,
+            source="measured",
+        )
+        stream, flops = _product_rates(pool)
+        factors = replace(
+            CostFactors(),
+            core_fixed_share=fixed_share,
+            cores_matmul_flops=flops,
+            linear_share=stream / bandwidth,
+            # A layer of torch and the pool, a step of Python: `python -m bench.simulator_honesty` measures them.
+            layer_s=60e-6,
+            step_s=500e-6,
+            sequence_s=20e-6,
+            handover_s=30e-6,
+        )
+        return machine, _with_attention(pool, machine, factors, shape, policies, key_scale)
+
+
+def _fastest(fn: Callable[[], object], seconds: float = _TURN_S) -> float:
+    best, end_s = float("inf"), time.perf_counter() + seconds
+    while time.perf_counter() < end_s or best == float("inf"):
+        begin_s = time.perf_counter()
+        fn()
+        best = min(best, time.perf_counter() - begin_s)
+    return best
+
+
+def core_rate(isa: str, head_dim: int, group: int) -> float:
+    """Floating-point operations a second of one core that attends to keys and values in its cache."""
+    layout = KVLayout(1, 1, head_dim, PAGE_SIZE, torch.bfloat16)
+    with AttentionPool(num_threads=1, isa=isa) as pool:
+        pages = _random_pages(layout, CACHED_TOKENS // PAGE_SIZE, 1.0)
+        step = _step(pool, pages, CACHED_TOKENS, group)
+        q = torch.randn(1, group, head_dim).to(layout.dtype)
+        out = torch.empty_like(q)
+        took = _fastest(lambda: step.attend(0, q, out=out))
+    return 4 * group * head_dim * CACHED_TOKENS / took
+
+
+def _core_rates(isa: str, head_dim: int) -> tuple[float, float]:
+    """The rate at 4 query heads a KV head, and the share of the time there that does not grow with their number."""
+    at_1, at_4, at_8 = (core_rate(isa, head_dim, group) for group in (1, 4, 8))
+    # Seconds for `group` operations are fixed + group * each; a line through the ends.
+    each = max(0.0, (8 / at_8 - 1 / at_1) / 7)
+    return at_4, min(1.0, max(0.0, 1 - each * at_4))
+
+
+def _product_rates(pool: AttentionPool) -> tuple[float, float]:
+    """Bytes of weights a second with one row, and operations a second with many of those that a batch of decodes has."""
+    layers = [Linear(torch.randn(4096, 2048).to(torch.bfloat16)) for _ in range(8)]
+    rates = []
+    for rows in (1, 48):
+        x = torch.randn(rows, 2048).to(torch.bfloat16)
+        rates.append(_fastest(lambda x=x: [layer(x, pool=pool) for layer in layers]))  # type: ignore[misc]
+    parameters = 8 * 4096 * 2048
+    return 2 * parameters / rates[0], 2 * parameters * 48 / rates[1]
+
+
+def _with_attention(
+    pool: AttentionPool,
+    machine: Machine,
+    factors: CostFactors,
+    shape: ModelShape,
+    policies: tuple[str, ...],
+    key_scale: float,
+) -> CostFactors:
+    """The factors of attention to keys and values in memory, with the model's own heads."""
+    layout = KVLayout(1, shape.num_kv_heads, shape.head_dim, PAGE_SIZE, torch.bfloat16)
+    num_pages = -(-_READ_BYTES // layout.page_bytes)
+    num_tokens = num_pages * PAGE_SIZE
+    bandwidth = machine.nodes[0].read_bandwidth
+    half = num_pages * layout.page_bytes / 2
+    flops = 16 * shape.num_kv_heads * shape.head_dim * num_tokens
+    fixed = factors.core_fixed_share
+    core_s = flops / (machine.num_cores * machine.core_flops) * (fixed + (1 - fixed) * shape.group / 4)
+    pages = _random_pages(layout, num_pages, key_scale, with_index=pool if "mass" in policies else None)
+    step = _step(pool, pages, num_tokens, shape.group)
+    q = torch.randn(1, shape.num_heads, shape.head_dim).to(layout.dtype)
+    out = torch.empty_like(q)
+    took = _fastest(lambda: step.attend(0, q, out=out))
+    factors = replace(factors, scan_share=2 * half / took / bandwidth)
+    if "mass" in policies:
+        scan_s, _ = _policy_seconds(MassPolicy(1, mass=0.02), step, q)
+        whole = MassPolicy(1)
+        whole_s, selected = _policy_seconds(whole, step, q)
+        gather_s = max(1e-9, whole_s - scan_s)
+        factors = replace(
+            factors,
+            index_speed=core_s / scan_s,
+            selected_share=selected,
+            gather_share=selected * 2 * half / gather_s / bandwidth,
+        )
+    if "hybridgen" in policies:
+        few_s, _ = _policy_seconds(HybridGenPolicy(1, ratio=1 / num_tokens, adapt=False), step, q)
+        factors = replace(factors, logits_speed=core_s / few_s)
+    return factors
+
+
+def _policy_seconds(policy: Policy, step: AttentionStep, q: torch.Tensor) -> tuple[float, float]:
+    """Of one layer; and the share of the tokens whose values it read."""
+
+    def attend() -> None:
+        policy.submit(step, 0, q).wait()
+        policy.end_step()
+
+    took = _fastest(attend)
+    assert isinstance(policy, MassPolicy | HybridGenPolicy)
+    (layer,) = policy.stats()
+    return took, layer.attended / max(1, layer.scanned)
+
+
+def _random_pages(
+    layout: KVLayout, num_pages: int, key_scale: float, with_index: AttentionPool | None = None
+) -> KVPages:
+    pages = allocate_pages(layout, num_pages, with_index=with_index is not None)
+    fill_pages(pages, key_scale)
+    if with_index is not None and pages.index is not None:
+        build_index(with_index, layout, pages.k, pages.v, pages.index, range(num_pages))
+    return pages
+
+
+def fill_pages(pages: KVPages, key_scale: float) -> None:
+    """Normal keys and values; they repeat after a million elements, since drawing is slow."""
+    noise = torch.randn((1 << 20) + 37).to(pages.layout.dtype)
+    for half, scale in ((pages.k, key_scale), (pages.v, 1.0)):
+        flat, scaled = half.view(-1), noise * scale
+        for begin in range(0, flat.numel(), noise.numel()):
+            end = min(begin + noise.numel(), flat.numel())
+            flat[begin:end] = scaled[: end - begin]
+
+
+def _step(pool: AttentionPool, pages: KVPages, num_tokens: int, group: int) -> AttentionStep:
+    layout = pages.layout
+    generator = torch.Generator().manual_seed(0)
+    return AttentionStep(
+        pool,
+        pages,
+        query_begin=[0, 1],
+        kv_len=[num_tokens],
+        block_table=torch.randperm(pages.num_pages, generator=generator, dtype=torch.int32)[None],
+        num_heads=layout.num_kv_heads * group,
+        scale=layout.head_dim**-0.5,
+    )
