@@ -61,6 +61,8 @@ class SemanticMapper:
         raise NotImplementedError
 
 
-def coldest(hotness: Sequence[float], num_readers: Sequence[int], age_steps: Sequence[int]) -> tuple[int, ...]:
+def coldest(
+    hotness: Sequence[float], num_readers: Sequence[int], age_steps: Sequence[int]
+) -> tuple[int, ...]:
     """The order in which device pages should go to the host: positions in the given lists, coldest first."""
     raise NotImplementedError

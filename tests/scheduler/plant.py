@@ -1,0 +1,158 @@
+"""Two processors for the controller to steer, made of what it does not know.
+
+Layer by layer, a device whose bandwidth depends on how much it reads at once, and host threads that get in each other's
+way, slow down with their load and while pages move, start late, and are sometimes held up. Measurements come late.
+"""
+
+import math
+import random
+from collections import deque
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+import numpy.typing as npt
+
+from hybridgen.scheduler.feedback import Decision, SequenceLoad, StepMeasurement
+
+Counts = npt.NDArray[np.int64]
+Seconds = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class PlantConfig:
+    layers: int = 32
+    page_bytes: int = 4 << 20  # K and V, all layers
+    host_read_share: float = 1.0  # of a host page, that the policy reads
+    device_bandwidth: float = 1.5e12
+    device_half_bytes: float = 4e6  # a layer's bytes at which the device gets half of its bandwidth
+    device_launch_s: float = 12e-6  # a layer
+    host_bandwidth: float = 150e9  # with enough threads, when nothing disturbs
+    host_knee: int = 16  # threads beyond which more only disturb
+    host_disturbance: float = 0.02  # of the bandwidth, lost for each such thread
+    host_superlinear: float = 0.15  # slower by this for every doubling of a layer's bytes beyond 8 MiB
+    host_submit_s: float = 15e-6  # a layer
+    linear_s: float = 6e-3  # of the step, matrices
+    overlap: float = 0.0  # of that, which the host can work under when it looks a layer ahead
+    link_bandwidth: float = 25e9
+    link_disturbance: float = 0.3  # of the host's speed, lost while pages move
+    max_moves: int = 1 << 30  # pages a step, that the scheduler carries out
+    noise: float = 0.05  # standard deviation of a side's time in a step, as a factor
+    layer_noise: float = 0.1  # the same in a layer
+    outliers: float = 0.02  # share of the steps in which a side takes up to four times as long
+    delay: int = 1  # steps between a step and its measurement
+
+
+@dataclass
+class Plant:
+    config: PlantConfig
+    num_pages: dict[int, int]  # by sequence
+    device_pages: dict[int, int]
+    budget: int
+    seed: int
+    page_size: int = 32
+    threads: int = 16
+    layer_ahead: bool = False
+    rng: random.Random = field(init=False)
+    steps: int = 0
+    late: deque[StepMeasurement] = field(default_factory=deque)
+
+    def __post_init__(self) -> None:
+        self.rng = random.Random(self.seed)
+        assert sum(self.device_pages.values()) <= self.budget
+
+    @property
+    def total(self) -> int:
+        return sum(self.num_pages.values())
+
+    @property
+    def on_device(self) -> int:
+        return sum(self.device_pages.values())
+
+    def change(self, **changes: float) -> None:
+        self.config = replace(self.config, **changes)
+
+    def ideal_s(self, on_device: int) -> float:
+        """A step with so many device pages, without noise and moves."""
+        return float(self._ideal_s(np.array([on_device]))[0])
+
+    def best_s(self) -> float:
+        """Of all splits, by trying every one."""
+        lowest = min(self.budget, 2 * len(self.num_pages))
+        return float(self._ideal_s(np.arange(lowest, min(self.budget, self.total) + 1)).min())
+
+    def _ideal_s(self, on_device: Counts) -> Seconds:
+        device_s, host_s, hidden_s = self._layer(on_device, moving=0.0)
+        attention_s = np.maximum(device_s + hidden_s, host_s) - hidden_s
+        return self.config.linear_s + self.config.layers * attention_s
+
+    def _layer(self, on_device: Counts, moving: float) -> tuple[Seconds, Seconds, float]:
+        """Seconds of both sides for a layer, and of the device's work that the host's goes on under."""
+        c = self.config
+        device_bytes = on_device * c.page_bytes / c.layers
+        device_s = c.device_launch_s + (device_bytes + c.device_half_bytes) / c.device_bandwidth
+        host_bytes = (self.total - on_device) * c.page_bytes * c.host_read_share / c.layers
+        threads = min(self.threads, c.host_knee) / c.host_knee
+        crowd = 1 - c.host_disturbance * max(0, self.threads - c.host_knee)
+        load = 1 + c.host_superlinear * np.log2(np.maximum(1.0, host_bytes / (8 << 20)))
+        speed = c.host_bandwidth * threads**0.7 * crowd / load * (1 - c.link_disturbance * moving)
+        host_s = c.host_submit_s + host_bytes / speed
+        hidden_s = c.linear_s * c.overlap / c.layers * self.layer_ahead
+        return np.where(on_device > 0, device_s, 0.0), np.where(host_bytes > 0, host_s, 0.0), hidden_s
+
+    def step(self) -> StepMeasurement | None:
+        """Run one; the measurement that is known after it, if any."""
+        c, rng = self.config, self.rng
+        moved = self._moved if self.steps else 0
+        moved_s = moved * c.page_bytes / c.link_bandwidth
+        sides = self._layer(np.array([self.on_device]), moving=min(1.0, moved_s / c.linear_s))
+        device_s, host_s, hidden_s = float(sides[0][0]), float(sides[1][0]), sides[2]
+        factors = [math.exp(rng.gauss(0, c.noise)) for _ in range(2)]
+        for side in range(2):
+            if rng.random() < c.outliers:
+                factors[side] *= 1 + 3 * rng.random()
+        total = device_total = host_total = device_wait = host_wait = 0.0
+        for _ in range(c.layers):
+            device = device_s * factors[0] * math.exp(rng.gauss(0, c.layer_noise))
+            host = host_s * factors[1] * math.exp(rng.gauss(0, c.layer_noise))
+            end = max(device + hidden_s, host)
+            total += end - hidden_s
+            device_total, host_total = device_total + device, host_total + host
+            if host:
+                device_wait += end - device - hidden_s
+                host_wait += end - host
+        linear_s = c.linear_s * math.exp(rng.gauss(0, c.noise / 2))
+        measurement = StepMeasurement(
+            sequences=tuple(SequenceLoad(k, n, self.device_pages[k]) for k, n in self.num_pages.items()),
+            step_s=total + linear_s + moved_s,
+            device_s=device_total,
+            host_s=host_total,
+            device_wait_s=device_wait,
+            host_wait_s=host_wait,
+            device_bytes=self.on_device * c.page_bytes,
+            node_bytes=((0, int((self.total - self.on_device) * c.page_bytes * c.host_read_share)),),
+            moved_bytes=moved * c.page_bytes,
+            moved_s=moved_s,
+            num_threads=self.threads,
+            layer_ahead=self.layer_ahead,
+        )
+        self.late.append(measurement)
+        self.steps += 1
+        self._moved = 0
+        if self.steps % self.page_size == 0:
+            for key in self.num_pages:
+                self.num_pages[key] += 1
+        return self.late.popleft() if len(self.late) > c.delay else None
+
+    _moved: int = 0
+
+    def carry_out(self, decision: Decision) -> None:
+        splits = dict(decision.splits)
+        assert sum(splits.values()) <= self.budget, "more device pages than there are"
+        assert all(0 <= splits[key] <= self.num_pages[key] for key in splits)
+        left = self.config.max_moves
+        for key, wanted in sorted(splits.items(), key=lambda item: item[1] - self.device_pages[item[0]]):
+            change = max(-left, min(left, wanted - self.device_pages[key]))
+            self.device_pages[key] += change
+            left -= abs(change)
+            self._moved += abs(change)
+        self.threads, self.layer_ahead = decision.num_threads, decision.layer_ahead
