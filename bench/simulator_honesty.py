@@ -50,7 +50,7 @@ PAGE_SIZE = 32
 KEY_SCALE = 5.5  # queries of these weights have a standard deviation of 0.55
 CONFIG = {**LLAMA_150M, "max_position_embeddings": 80000}
 TINY = {**LLAMA_150M, "hidden_size": 128, "intermediate_size": 128, "num_attention_heads": 4,
-        "num_key_value_heads": 1, "head_dim": 32, "vocab_size": 128, "max_position_embeddings": 80000}  # fmt: skip
+        "num_key_value_heads": 1, "head_dim": 32, "max_position_embeddings": 80000}  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,5 +1,6 @@
 """What this machine does, measured in a few seconds for planning: bandwidth, attention in and out of the cache, products."""
 
+import statistics
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -48,7 +49,7 @@ def measure_machine(
     """
     with AttentionPool(num_threads=num_threads) as pool:
         buffer = torch.ones(_READ_BYTES // 8, dtype=torch.int64)
-        bandwidth = buffer.nbytes / _fastest(lambda: pool.plain_read(buffer))
+        bandwidth = buffer.nbytes / _typical(lambda: pool.plain_read(buffer))
         del buffer
         core_flops, fixed_share = _core_rates(pool.isa, shape.head_dim)
         node = MemoryNode(0, "dram", Tier.DRAM, bandwidth, 100e-9, available_host_bytes())
@@ -60,7 +61,7 @@ def measure_machine(
             core_flops=core_flops,
             source="measured",
         )
-        stream, flops = _product_rates(pool)
+        stream, flops = _product_rates(pool, shape)
         factors = replace(
             CostFactors(),
             core_fixed_share=fixed_share,
@@ -75,13 +76,16 @@ def measure_machine(
         return machine, _with_attention(pool, machine, factors, shape, policies, key_scale)
 
 
-def _fastest(fn: Callable[[], object], seconds: float = _TURN_S) -> float:
-    best, end_s = float("inf"), time.perf_counter() + seconds
-    while time.perf_counter() < end_s or best == float("inf"):
+def _typical(fn: Callable[[], object], seconds: float = _TURN_S) -> float:
+    """Seconds of a call: the median, since a plan is about typical steps, after one that is not counted."""
+    fn()
+    times: list[float] = []
+    end_s = time.perf_counter() + seconds
+    while len(times) < 3 or time.perf_counter() < end_s:
         begin_s = time.perf_counter()
         fn()
-        best = min(best, time.perf_counter() - begin_s)
-    return best
+        times.append(time.perf_counter() - begin_s)
+    return statistics.median(times)
 
 
 def core_rate(isa: str, head_dim: int, group: int) -> float:
@@ -92,7 +96,7 @@ def core_rate(isa: str, head_dim: int, group: int) -> float:
         step = _step(pool, pages, CACHED_TOKENS, group)
         q = torch.randn(1, group, head_dim).to(layout.dtype)
         out = torch.empty_like(q)
-        took = _fastest(lambda: step.attend(0, q, out=out))
+        took = _typical(lambda: step.attend(0, q, out=out))
     return 4 * group * head_dim * CACHED_TOKENS / took
 
 
@@ -104,15 +108,25 @@ def _core_rates(isa: str, head_dim: int) -> tuple[float, float]:
     return at_4, min(1.0, max(0.0, 1 - each * at_4))
 
 
-def _product_rates(pool: AttentionPool) -> tuple[float, float]:
-    """Bytes of weights a second with one row, and operations a second with many of those that a batch of decodes has."""
-    layers = [Linear(torch.randn(4096, 2048).to(torch.bfloat16)) for _ in range(8)]
-    rates = []
-    for rows in (1, 48):
-        x = torch.randn(rows, 2048).to(torch.bfloat16)
-        rates.append(_fastest(lambda x=x: [layer(x, pool=pool) for layer in layers]))  # type: ignore[misc]
-    parameters = 8 * 4096 * 2048
-    return 2 * parameters / rates[0], 2 * parameters * 48 / rates[1]
+def _product_rates(pool: AttentionPool, shape: ModelShape) -> tuple[float, float]:
+    """Bytes of weights a second with one row, and operations a second with as many as a batch of decodes may have.
+
+    The matrices are as high as a layer's together and as wide as the model's.
+    """
+    outputs = min(1 << 15, max(64, shape.linear_parameters // shape.num_layers // shape.hidden_size))
+    num_layers = max(1, (_READ_BYTES // 4) // (outputs * shape.hidden_size))
+    layers = [Linear(torch.randn(outputs, shape.hidden_size).to(torch.bfloat16)) for _ in range(num_layers)]
+    took: list[float] = []
+    for rows in (1, 16):
+        x = torch.randn(rows, shape.hidden_size).to(torch.bfloat16)
+
+        def multiply(x: torch.Tensor = x) -> None:
+            for layer in layers:
+                layer(x, pool=pool)
+
+        took.append(_typical(multiply))
+    parameters = num_layers * outputs * shape.hidden_size
+    return 2 * parameters / took[0], 2 * parameters * 16 / took[1]
 
 
 def _with_attention(
@@ -136,7 +150,7 @@ def _with_attention(
     step = _step(pool, pages, num_tokens, shape.group)
     q = torch.randn(1, shape.num_heads, shape.head_dim).to(layout.dtype)
     out = torch.empty_like(q)
-    took = _fastest(lambda: step.attend(0, q, out=out))
+    took = _typical(lambda: step.attend(0, q, out=out))
     factors = replace(factors, scan_share=2 * half / took / bandwidth)
     if "mass" in policies:
         scan_s, _ = _policy_seconds(MassPolicy(1, mass=0.02), step, q)
@@ -150,8 +164,11 @@ def _with_attention(
             gather_share=selected * 2 * half / gather_s / bandwidth,
         )
     if "hybridgen" in policies:
-        few_s, _ = _policy_seconds(HybridGenPolicy(1, ratio=1 / num_tokens, adapt=False), step, q)
-        factors = replace(factors, logits_speed=core_s / few_s)
+        took, _ = _policy_seconds(HybridGenPolicy(1, ratio=factors.top_k_ratio, adapt=False), step, q)
+        union = min(1.0, shape.group * factors.top_k_ratio)
+        gather_s = half * union / (bandwidth * factors.gather_share)
+        # Whatever is not gathering values counts as scoring and ranking.
+        factors = replace(factors, logits_speed=core_s / max(1e-9, took - gather_s))
     return factors
 
 
@@ -162,7 +179,7 @@ def _policy_seconds(policy: Policy, step: AttentionStep, q: torch.Tensor) -> tup
         policy.submit(step, 0, q).wait()
         policy.end_step()
 
-    took = _fastest(attend)
+    took = _typical(attend)
     assert isinstance(policy, MassPolicy | HybridGenPolicy)
     (layer,) = policy.stats()
     return took, layer.attended / max(1, layer.scanned)

@@ -1,6 +1,9 @@
 """From a description of a machine (`configs/machines.py`) to what it can do (`scheduler/machine.py`)."""
 
+from dataclasses import replace
+
 from hybridgen.configs.machines import MAX_CXL, MachineDescription, MachineError, MemoryDescription
+from hybridgen.scheduler.cost import CostFactors
 from hybridgen.scheduler.machine import Device, Machine, MemoryNode, Tier
 
 DEVICE_NODE = -1
@@ -59,3 +62,8 @@ def _node(id: int, name: str, tier: Tier, part: MemoryDescription) -> MemoryNode
         latency_s=part.latency_ns * 1e-9,
         capacity_bytes=int(part.capacity_gib * part.usable_share * 2**30),
     )
+
+
+def factors_of(description: MachineDescription) -> CostFactors:
+    """The default factors, with what the description says of its cores."""
+    return replace(CostFactors(), core_fixed_share=description.cpu.core_fixed_share)
