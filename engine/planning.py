@@ -218,23 +218,24 @@ def find_shape(model: str) -> ModelShape:
     Raises:
         CannotPlan: there is none, or it is of a kind that is not supported.
     """
-    folder = preset_folder(model)
+    folder = preset_folder(model) or Path(model).expanduser()
     try:
-        if folder is not None or Path(model).is_dir():
-            config = load_config(folder or Path(model))
-        else:
+        if folder.is_dir():
+            config = load_config(folder)
+        elif "/" in model:  # an id of the hub
             found = AutoConfig.from_pretrained(model, trust_remote_code=False)
             assert isinstance(found, PreTrainedConfig)
             config = found
+        else:
+            raise CannotPlan(
+                f"no model {model!r}: it is no folder, no id of the Hugging Face hub, and no preset: {', '.join(preset_names())}"
+            )
         spec = spec_from_config(config)
-    except (OSError, ValueError, KeyError, WeightError) as error:
-        presets = ", ".join(preset_names())
-        raise CannotPlan(
-            f"no config.json of a model {model!r} is to be had; presets are {presets} ({str(error).splitlines()[0]})"
-        ) from error
+    except (OSError, ValueError, WeightError) as error:
+        raise CannotPlan(f"the config.json of {model} is not to be had: {str(error).splitlines()[0]}") from error
     except UnsupportedModel as error:
         raise CannotPlan(f"{model}: {error}") from error
-    return shape_of(spec, Path(model).name if Path(model).is_dir() else model)
+    return shape_of(spec, folder.name if folder.is_dir() else model)
 
 
 def assumptions(factors: CostFactors, machine: Machine, systems: Sequence[System]) -> tuple[str, ...]:
