@@ -197,12 +197,12 @@ class _Side:
     stands for the line, which would end below zero.
     """
 
-    def __init__(self, seconds_per_byte: float, proportional: float = 0.85) -> None:
+    def __init__(self, seconds_per_byte: float) -> None:
         self._described = seconds_per_byte
         self._samples: deque[tuple[float, float, bool]] = deque(maxlen=_WINDOW)
         self._astray: deque[bool] = deque(maxlen=3)  # of the last steps that were far off the fit: too slow
         self._num_disturbed = 0  # last steps in a row
-        self.proportional = proportional
+        self.proportional = 0.85
         self.mean_bytes = 0.0
         self.mean_s = 0.0
         self.spread = 0.0  # of times round the line, relative
@@ -298,10 +298,16 @@ class _Model:
 
     def __init__(self, config: FeedbackConfig, like: "_Model | None" = None) -> None:
         device_bandwidth, host_bandwidth = _bandwidths(config.machine)
-        self.device = _Side(1 / device_bandwidth, like.device.proportional if like else 0.85)
-        self.host = _Side(1 / host_bandwidth, like.host.proportional if like else 0.85)
-        self.host_page_bytes = like.host_page_bytes if like else config.host_page_read_bytes
-        self.device_page_bytes = like.device_page_bytes if like else float(config.device_page_bytes)
+        self.device: _Side = _Side(1 / device_bandwidth)
+        self.host: _Side = _Side(1 / host_bandwidth)
+        self.host_page_bytes: float = config.host_page_read_bytes
+        self.device_page_bytes: float = config.device_page_bytes
+        if like is not None:
+            self.device.proportional, self.host.proportional = (
+                like.device.proportional,
+                like.host.proportional,
+            )
+            self.host_page_bytes, self.device_page_bytes = like.host_page_bytes, like.device_page_bytes
         self._hidden: deque[float] = deque(maxlen=9)
         self._rest: deque[float] = deque(maxlen=5)
         self.num_steps = 0

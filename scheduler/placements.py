@@ -11,9 +11,10 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
-from hybridgen.scheduler.machine import MemoryNode, Role
+from hybridgen.scheduler.machine import MemoryNode, Role, Tier
 
 ROLES = tuple(Role)  # the order of columns
+HOTNESS_WEIGHT = 0.1  # of a step in the EWMA of what is read: about ten steps count
 
 
 class NoRoom(Exception):
@@ -84,7 +85,8 @@ class Placement(Protocol):
     """A rule for where pieces lie. Page ids are [0, num_pages), whatever their numbers in block tables."""
 
     def place(self, pages: Sequence[int], *, readers: int = 1) -> tuple[tuple[int, ...], ...]:
-        """Take in new pages; for each the ids of the nodes of its roles, in the order of `ROLES`.
+        """Take in new pages; for each the ids of the nodes of its roles, in the order of `ROLES`; a role
+        without bytes has the first node.
 
         Args:
             readers: running sequences that hold each of them.
@@ -119,11 +121,313 @@ class Placement(Protocol):
         ...
 
 
-@dataclass(frozen=True, slots=True)
-class PaperRule:
-    """Placeholder of the rule K -> DRAM, V -> CXL; see `Placement`."""
+class Books:
+    """Which piece lies where, what every node holds, and what is read of it.
 
-    nodes: tuple[MemoryNode, ...]
-    shape: PageShape
-    pattern: ReadPattern
-    num_pages: int
+    Invariants (`check_integrity`): a page has a node for each role that has bytes, or for none; no node holds more than
+    its capacity; `used` and `loads` are the sums over pieces.
+
+    Attributes:
+        node_of: [pages, roles] positions in `nodes`; -1: the page is free, or the role has no bytes.
+        share: [pages, roles] of a piece's bytes that one reader is expected to read in a step.
+        readers: [pages] running sequences.
+        hotness: [pages] EWMA of the softmax mass that the page held; negative: never measured.
+        placed_at, read_at: [pages] number of the step.
+        num_pieces: [roles, nodes].
+        used: [nodes] bytes held.
+        loads: [nodes] bytes expected to be read in a step.
+    """
+
+    def __init__(
+        self, nodes: Sequence[MemoryNode], shape: PageShape, pattern: ReadPattern, num_pages: int
+    ) -> None:
+        if not nodes:
+            raise ValueError("no nodes")
+        if len({node.id for node in nodes}) < len(nodes):
+            raise ValueError(f"nodes {[node.id for node in nodes]} are not all different")
+        self.nodes = tuple(nodes)
+        self.shape = shape
+        self.pattern = pattern
+        self.position = {node.id: position for position, node in enumerate(nodes)}
+        self.role_bytes = np.array(shape.role_bytes, dtype=np.float64)
+        self.capacity = np.array([node.capacity_bytes for node in nodes], dtype=np.float64)
+        self.bandwidth = np.array([node.read_bandwidth for node in nodes], dtype=np.float64)
+        self.node_of = np.full((num_pages, len(ROLES)), -1, dtype=np.int8)
+        self.share = np.zeros((num_pages, len(ROLES)), dtype=np.float64)
+        self.readers = np.zeros(num_pages, dtype=np.int32)
+        self.hotness = np.full(num_pages, -1.0)
+        self.placed_at = np.zeros(num_pages, dtype=np.int64)
+        self.read_at = np.zeros(num_pages, dtype=np.int64)
+        self.num_pieces = np.zeros((len(ROLES), len(nodes)), dtype=np.int64)
+        self.used = np.zeros(len(nodes))
+        self.loads = np.zeros(len(nodes))
+        self.step = 0
+
+    def is_placed(self, page: int) -> bool:
+        return bool((self.node_of[page] >= 0).any())
+
+    def has_room(self, position: int, num_bytes: float) -> bool:
+        return bool(self.used[position] + num_bytes <= self.capacity[position])
+
+    def take_in(self, page: int, positions: Sequence[int], readers: int) -> None:
+        """Write down a new page; -1 for roles without bytes."""
+        assert not self.is_placed(page), f"page {page} is placed already"
+        self.node_of[page] = positions
+        self.share[page] = self.pattern.shares
+        self.readers[page] = readers
+        self.hotness[page] = -1.0
+        self.placed_at[page] = self.read_at[page] = self.step
+        for column, position in enumerate(positions):
+            if position >= 0:
+                size = self.role_bytes[column]
+                self.num_pieces[column, position] += 1
+                self.used[position] += size
+                self.loads[position] += size * self.pattern.shares[column] * readers
+
+    def release(self, pages: Sequence[int]) -> None:
+        ids = np.asarray(pages, dtype=np.int64)
+        assert all(self.is_placed(page) for page in pages), "a page that is not placed was released"
+        self._count(ids, -1.0)
+        for column, size in enumerate(self.role_bytes):
+            where = self.node_of[ids, column]
+            counts = np.bincount(where[where >= 0], minlength=len(self.nodes))
+            self.num_pieces[column] -= counts
+            self.used -= counts * size
+        self.node_of[ids] = -1
+        self.readers[ids] = 0
+
+    def set_readers(self, pages: Sequence[int], readers: Sequence[int]) -> None:
+        ids = np.asarray(pages, dtype=np.int64)
+        self._count(ids, -1.0)
+        self.readers[ids] = readers
+        self._count(ids, 1.0)
+
+    def observe(self, reads: PageReads, weight: float) -> None:
+        """Draw shares and hotness towards what a step read, by `weight` of the difference.
+
+        Pages whose shares were not measured, but whose mass was, are expected to be read in proportion to it: who selects
+        by mass reads more where there is more of it.
+        """
+        self.step += 1
+        ids = reads.pages
+        if not len(ids):
+            return
+        self._count(ids, -1.0)
+        self.read_at[ids] = self.step
+        if reads.mass is not None:
+            known = self.hotness[ids] >= 0
+            self.hotness[ids] = np.where(
+                known, self.hotness[ids] + weight * (reads.mass - self.hotness[ids]), reads.mass
+            )
+        for role, measured in ((Role.K, reads.k_share), (Role.V, reads.v_share)):
+            column = ROLES.index(role)
+            share = measured
+            if share is None and reads.mass is not None and 0 < self.pattern.shares[column] < 1:
+                mean = max(float(self.hotness[ids].mean()), 1e-12)
+                share = np.minimum(1.0, self.pattern.shares[column] * self.hotness[ids] / mean)
+            if share is not None:
+                self.share[ids, column] += weight * (share - self.share[ids, column])
+        self._count(ids, 1.0)
+
+    def move(self, page: int, role: Role, source: int, target: int) -> None:
+        """Write down a migration between nodes with these ids."""
+        column, begin, end = ROLES.index(role), self.position[source], self.position[target]
+        size = self.role_bytes[column]
+        assert self.node_of[page, column] == begin, f"{role} of page {page} is not on node {source}"
+        assert self.has_room(end, size), f"node {target} has no room for {role} of page {page}"
+        load = size * self.share[page, column] * self.readers[page]
+        self.node_of[page, column] = end
+        self.num_pieces[column, begin] -= 1
+        self.num_pieces[column, end] += 1
+        self.used[begin] -= size
+        self.used[end] += size
+        self.loads[begin] -= load
+        self.loads[end] += load
+
+    def read_seconds(self) -> float:
+        """Until the slowest node has been read."""
+        return float((self.loads / self.bandwidth).max())
+
+    def _count(self, ids: npt.NDArray[np.int64], sign: float) -> None:
+        where = self.node_of[ids]
+        loads = self.role_bytes * self.share[ids] * self.readers[ids, None]
+        present = where >= 0
+        self.loads += sign * np.bincount(where[present], loads[present], minlength=len(self.nodes))
+
+    def check_integrity(self) -> None:
+        """Raise AssertionError, with the numbers, if the sums are not those of the pieces. O(pages)."""
+        present = self.node_of >= 0
+        sizes = np.broadcast_to(self.role_bytes, self.node_of.shape)
+        used = np.bincount(self.node_of[present], sizes[present], minlength=len(self.nodes))
+        for column in range(len(ROLES)):
+            where = self.node_of[:, column]
+            counts = np.bincount(where[where >= 0], minlength=len(self.nodes))
+            assert (counts == self.num_pieces[column]).all(), f"{counts} pieces of {ROLES[column]}"
+        assert (used == self.used).all(), f"{self.used} bytes counted, {used} held"
+        assert (used <= self.capacity).all(), f"{used} bytes held, of {self.capacity}"
+        loads = self.role_bytes * self.share * self.readers[:, None]
+        total = np.bincount(self.node_of[present], loads[present], minlength=len(self.nodes))
+        assert np.allclose(total, self.loads, rtol=1e-6, atol=1.0), f"{self.loads} read, {total} by pieces"
+
+
+class RuleBase:
+    """What the rules share: books, and taking pages in whole. A rule says in which order nodes are asked."""
+
+    def __init__(
+        self, nodes: Sequence[MemoryNode], shape: PageShape, pattern: ReadPattern, num_pages: int
+    ) -> None:
+        self.books = Books(nodes, shape, pattern, num_pages)
+
+    def place(self, pages: Sequence[int], *, readers: int = 1) -> tuple[tuple[int, ...], ...]:
+        """See `Placement.place`."""
+        books = self.books
+        self._before_placing(len(pages), readers)
+        placed: list[int] = []
+        answer: list[tuple[int, ...]] = []
+        for page in pages:
+            positions = self._choose(readers)
+            if positions is None:
+                if placed:
+                    self.release(placed)
+                raise NoRoom(
+                    f"{len(pages)} pages of {sum(books.shape.role_bytes)} bytes, and "
+                    f"{books.capacity.sum() - books.used.sum():.0f} bytes are free on {len(books.nodes)} nodes"
+                )
+            books.take_in(page, positions, readers)
+            placed.append(page)
+            answer.append(tuple(books.nodes[max(0, position)].id for position in positions))
+        return tuple(answer)
+
+    def _choose(self, readers: int) -> tuple[int, ...] | None:
+        """Positions of the nodes for one page, -1 for roles without bytes; None: there is no room."""
+        books = self.books
+        used = books.used.tolist()
+        capacity = books.capacity.tolist()
+        positions = [-1] * len(ROLES)
+        # What is read most is seated first, should there be room for one piece only.
+        for column in np.argsort(-np.array(books.pattern.shares), kind="stable").tolist():
+            size = float(books.role_bytes[column])
+            if size == 0:
+                continue
+            for position in self._order(column, used):
+                if used[position] + size <= capacity[position]:
+                    positions[column] = position
+                    used[position] += size
+                    break
+            else:
+                return None
+        self._chosen(positions, readers)
+        return tuple(positions)
+
+    def _before_placing(self, num_pages: int, readers: int) -> None:
+        """Pages are about to be placed."""
+
+    def _order(self, column: int, used: Sequence[float]) -> Sequence[int]:
+        """Nodes to ask for a piece of this role, the first choice first."""
+        raise NotImplementedError
+
+    def _chosen(self, positions: Sequence[int], readers: int) -> None:
+        """This is where the page goes."""
+
+    def release(self, pages: Sequence[int]) -> None:
+        """See `Placement.release`."""
+        self.books.release(pages)
+
+    def set_readers(self, pages: Sequence[int], readers: Sequence[int]) -> None:
+        """See `Placement.set_readers`."""
+        self.books.set_readers(pages, readers)
+
+    def observe(self, reads: PageReads) -> None:
+        """See `Placement.observe`."""
+        self.books.observe(reads, HOTNESS_WEIGHT)
+
+    def plan(self, byte_budget: int) -> tuple[Migration, ...]:
+        """See `Placement.plan`. A rule that only places never moves anything."""
+        return ()
+
+    def apply(self, migrations: Sequence[Migration]) -> None:
+        """See `Placement.apply`."""
+        for migration in migrations:
+            self.books.move(migration.page, migration.role, migration.source, migration.target)
+
+    def node_read_bytes(self) -> tuple[float, ...]:
+        """See `Placement.node_read_bytes`."""
+        return tuple(self.books.loads.tolist())
+
+
+class PaperRule(RuleBase):
+    """Keys to DRAM, values to CXL memory, whatever is read of them (arXiv 2604.18529); overflow to the other.
+
+    The index counts as keys, sums count as values. Nodes of a tier take turns by what room they have.
+    """
+
+    def _order(self, column: int, used: Sequence[float]) -> Sequence[int]:
+        first = Tier.DRAM if ROLES[column] in (Role.INDEX, Role.K) else Tier.CXL
+        nodes = self.books.nodes
+        return sorted(
+            range(len(nodes)),
+            key=lambda p: (nodes[p].tier is not first, used[p] / max(1, nodes[p].capacity_bytes), p),
+        )
+
+
+class FirstTouch(RuleBase):
+    """Fill DRAM, then CXL memory: what a kernel does that is not asked for anything else."""
+
+    def _order(self, column: int, used: Sequence[float]) -> Sequence[int]:
+        nodes = self.books.nodes
+        return sorted(range(len(nodes)), key=lambda p: (nodes[p].tier is not Tier.DRAM, p))
+
+
+class WeightedInterleave(RuleBase):
+    """Every role over all nodes in proportion to their bandwidth, as Linux's weighted interleave does with pages."""
+
+    def __init__(
+        self, nodes: Sequence[MemoryNode], shape: PageShape, pattern: ReadPattern, num_pages: int
+    ) -> None:
+        super().__init__(nodes, shape, pattern, num_pages)
+        self._given = np.zeros((len(ROLES), len(nodes)))  # pieces, ever
+
+    def _order(self, column: int, used: Sequence[float]) -> Sequence[int]:
+        turn = (self._given[column] + 1) / self.books.bandwidth
+        order: list[int] = np.argsort(turn, kind="stable").tolist()
+        return order
+
+    def _chosen(self, positions: Sequence[int], readers: int) -> None:
+        for column, position in enumerate(positions):
+            if position >= 0:
+                self._given[column, position] += 1
+
+
+class RecencyRule(FirstTouch):
+    """New pages in DRAM, the oldest in CXL memory: moves those out before DRAM is full."""
+
+    HIGH, LOW = 0.95, 0.90  # of DRAM in use: from where on pages leave, and until when
+
+    def plan(self, byte_budget: int) -> tuple[Migration, ...]:
+        """See `Placement.plan`."""
+        books = self.books
+        is_dram = np.array([node.tier is Tier.DRAM for node in books.nodes])
+        if is_dram.all() or not is_dram.any():
+            return ()
+        excess = books.used[is_dram].sum() - self.LOW * books.capacity[is_dram].sum()
+        if books.used[is_dram].sum() <= self.HIGH * books.capacity[is_dram].sum():
+            return ()
+        used = books.used.copy()
+        moves: list[Migration] = []
+        left = float(byte_budget)
+        held = np.flatnonzero(((books.node_of >= 0) & is_dram[books.node_of]).any(axis=1))
+        for page in held[np.lexsort((held, books.placed_at[held]))].tolist():
+            for column, position in enumerate(books.node_of[page].tolist()):
+                size = float(books.role_bytes[column])
+                if position < 0 or not is_dram[position]:
+                    continue
+                target = max(np.flatnonzero(~is_dram).tolist(), key=lambda p: books.capacity[p] - used[p])
+                if size > left or excess <= 0 or used[target] + size > books.capacity[target]:
+                    return tuple(moves)
+                nodes = books.nodes
+                moves.append(Migration(page, ROLES[column], nodes[position].id, nodes[target].id, "oldest"))
+                used[position] -= size
+                used[target] += size
+                left -= size
+                excess -= size
+        return tuple(moves)
