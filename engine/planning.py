@@ -232,7 +232,9 @@ def find_shape(model: str) -> ModelShape:
             )
         spec = spec_from_config(config)
     except (OSError, ValueError, WeightError) as error:
-        raise CannotPlan(f"the config.json of {model} is not to be had: {str(error).splitlines()[0]}") from error
+        raise CannotPlan(
+            f"the config.json of {model} is not to be had: {str(error).splitlines()[0]}"
+        ) from error
     except UnsupportedModel as error:
         raise CannotPlan(f"{model}: {error}") from error
     return shape_of(spec, folder.name if folder.is_dir() else model)

@@ -21,8 +21,6 @@ from hybridgen.scheduler.machine import Machine, MemoryNode, Tier
 
 PAGE_SIZE = 32
 CACHED_TOKENS = 512  # K and V of a KV head of 128 dims: 256 KiB
-_READ_BYTES = 256 << 20
-_TURN_S = 0.12  # of each measurement
 
 
 def cpu_name() -> str:
@@ -39,19 +37,23 @@ def measure_machine(
     num_threads: int | None = None,
     policies: tuple[str, ...] = (),
     key_scale: float = 1.0,
+    num_bytes: int = 256 << 20,
+    turn_s: float = 0.12,
 ) -> tuple[Machine, CostFactors]:
     """This machine as the attention of a model sees it: one DRAM node, no device. Takes 2 to 5 seconds.
 
     Args:
         num_threads: of the pool; default: one for each core.
         policies: of "mass" and "hybridgen", those whose own factors are to be measured too, on random keys.
+        num_bytes: that are read of memory; to be larger than the last cache.
+        turn_s: for each of the about ten measurements.
         key_scale: standard deviation of those keys: of the logits, where queries have unit variance.
     """
     with AttentionPool(num_threads=num_threads) as pool:
-        buffer = torch.ones(_READ_BYTES // 8, dtype=torch.int64)
-        bandwidth = buffer.nbytes / _typical(lambda: pool.plain_read(buffer))
+        buffer = torch.ones(num_bytes // 8, dtype=torch.int64)
+        bandwidth = buffer.nbytes / _typical(lambda: pool.plain_read(buffer), turn_s)
         del buffer
-        core_flops, fixed_share = _core_rates(pool.isa, shape.head_dim)
+        core_flops, fixed_share = _core_rates(pool.isa, shape.head_dim, turn_s)
         node = MemoryNode(0, "dram", Tier.DRAM, bandwidth, 100e-9, available_host_bytes())
         machine = Machine(
             name=f"{cpu_name()}, {pool.num_threads} threads",
@@ -61,7 +63,7 @@ def measure_machine(
             core_flops=core_flops,
             source="measured",
         )
-        stream, flops = _product_rates(pool, shape)
+        stream, flops = _product_rates(pool, shape, num_bytes // 2, turn_s)
         factors = replace(
             CostFactors(),
             core_fixed_share=fixed_share,
@@ -73,10 +75,10 @@ def measure_machine(
             sequence_s=20e-6,
             handover_s=30e-6,
         )
-        return machine, _with_attention(pool, machine, factors, shape, policies, key_scale)
+        return machine, _with_attention(pool, machine, factors, shape, policies, key_scale, num_bytes, turn_s)
 
 
-def _typical(fn: Callable[[], object], seconds: float = _TURN_S) -> float:
+def _typical(fn: Callable[[], object], seconds: float) -> float:
     """Seconds of a call: the median, since a plan is about typical steps, after one that is not counted."""
     fn()
     times: list[float] = []
@@ -88,7 +90,7 @@ def _typical(fn: Callable[[], object], seconds: float = _TURN_S) -> float:
     return statistics.median(times)
 
 
-def core_rate(isa: str, head_dim: int, group: int) -> float:
+def core_rate(isa: str, head_dim: int, group: int, turn_s: float = 0.12) -> float:
     """Floating-point operations a second of one core that attends to keys and values in its cache."""
     layout = KVLayout(1, 1, head_dim, PAGE_SIZE, torch.bfloat16)
     with AttentionPool(num_threads=1, isa=isa) as pool:
@@ -96,25 +98,27 @@ def core_rate(isa: str, head_dim: int, group: int) -> float:
         step = _step(pool, pages, CACHED_TOKENS, group)
         q = torch.randn(1, group, head_dim).to(layout.dtype)
         out = torch.empty_like(q)
-        took = _typical(lambda: step.attend(0, q, out=out))
+        took = _typical(lambda: step.attend(0, q, out=out), turn_s)
     return 4 * group * head_dim * CACHED_TOKENS / took
 
 
-def _core_rates(isa: str, head_dim: int) -> tuple[float, float]:
+def _core_rates(isa: str, head_dim: int, turn_s: float) -> tuple[float, float]:
     """The rate at 4 query heads a KV head, and the share of the time there that does not grow with their number."""
-    at_1, at_4, at_8 = (core_rate(isa, head_dim, group) for group in (1, 4, 8))
+    at_1, at_4, at_8 = (core_rate(isa, head_dim, group, turn_s) for group in (1, 4, 8))
     # Seconds for `group` operations are fixed + group * each; a line through the ends.
     each = max(0.0, (8 / at_8 - 1 / at_1) / 7)
     return at_4, min(1.0, max(0.0, 1 - each * at_4))
 
 
-def _product_rates(pool: AttentionPool, shape: ModelShape) -> tuple[float, float]:
+def _product_rates(
+    pool: AttentionPool, shape: ModelShape, num_bytes: int, turn_s: float
+) -> tuple[float, float]:
     """Bytes of weights a second with one row, and operations a second with as many as a batch of decodes may have.
 
     The matrices are as high as a layer's together and as wide as the model's.
     """
     outputs = min(1 << 15, max(64, shape.linear_parameters // shape.num_layers // shape.hidden_size))
-    num_layers = max(1, (_READ_BYTES // 4) // (outputs * shape.hidden_size))
+    num_layers = max(1, num_bytes // (2 * outputs * shape.hidden_size))
     layers = [Linear(torch.randn(outputs, shape.hidden_size).to(torch.bfloat16)) for _ in range(num_layers)]
     took: list[float] = []
     for rows in (1, 16):
@@ -124,7 +128,7 @@ def _product_rates(pool: AttentionPool, shape: ModelShape) -> tuple[float, float
             for layer in layers:
                 layer(x, pool=pool)
 
-        took.append(_typical(multiply))
+        took.append(_typical(multiply, turn_s))
     parameters = num_layers * outputs * shape.hidden_size
     return 2 * parameters / took[0], 2 * parameters * 16 / took[1]
 
@@ -136,10 +140,12 @@ def _with_attention(
     shape: ModelShape,
     policies: tuple[str, ...],
     key_scale: float,
+    num_bytes: int,
+    turn_s: float,
 ) -> CostFactors:
     """The factors of attention to keys and values in memory, with the model's own heads."""
     layout = KVLayout(1, shape.num_kv_heads, shape.head_dim, PAGE_SIZE, torch.bfloat16)
-    num_pages = -(-_READ_BYTES // layout.page_bytes)
+    num_pages = -(-num_bytes // layout.page_bytes)
     num_tokens = num_pages * PAGE_SIZE
     bandwidth = machine.nodes[0].read_bandwidth
     half = num_pages * layout.page_bytes / 2
@@ -150,12 +156,12 @@ def _with_attention(
     step = _step(pool, pages, num_tokens, shape.group)
     q = torch.randn(1, shape.num_heads, shape.head_dim).to(layout.dtype)
     out = torch.empty_like(q)
-    took = _typical(lambda: step.attend(0, q, out=out))
+    took = _typical(lambda: step.attend(0, q, out=out), turn_s)
     factors = replace(factors, scan_share=2 * half / took / bandwidth)
     if "mass" in policies:
-        scan_s, _ = _policy_seconds(MassPolicy(1, mass=0.02), step, q)
+        scan_s, _ = _policy_seconds(MassPolicy(1, mass=0.02), step, q, turn_s)
         whole = MassPolicy(1)
-        whole_s, selected = _policy_seconds(whole, step, q)
+        whole_s, selected = _policy_seconds(whole, step, q, turn_s)
         gather_s = max(1e-9, whole_s - scan_s)
         factors = replace(
             factors,
@@ -164,7 +170,7 @@ def _with_attention(
             gather_share=selected * 2 * half / gather_s / bandwidth,
         )
     if "hybridgen" in policies:
-        took, _ = _policy_seconds(HybridGenPolicy(1, ratio=factors.top_k_ratio, adapt=False), step, q)
+        took, _ = _policy_seconds(HybridGenPolicy(1, ratio=factors.top_k_ratio, adapt=False), step, q, turn_s)
         union = min(1.0, shape.group * factors.top_k_ratio)
         gather_s = half * union / (bandwidth * factors.gather_share)
         # Whatever is not gathering values counts as scoring and ranking.
@@ -172,14 +178,16 @@ def _with_attention(
     return factors
 
 
-def _policy_seconds(policy: Policy, step: AttentionStep, q: torch.Tensor) -> tuple[float, float]:
+def _policy_seconds(
+    policy: Policy, step: AttentionStep, q: torch.Tensor, turn_s: float
+) -> tuple[float, float]:
     """Of one layer; and the share of the tokens whose values it read."""
 
     def attend() -> None:
         policy.submit(step, 0, q).wait()
         policy.end_step()
 
-    took = _typical(attend)
+    took = _typical(attend, turn_s)
     assert isinstance(policy, MassPolicy | HybridGenPolicy)
     (layer,) = policy.stats()
     return took, layer.attended / max(1, layer.scanned)

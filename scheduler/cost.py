@@ -210,6 +210,10 @@ class Part:
             {name: seconds * count for name, seconds in self.busy.items()},
         )
 
+    def counted_elsewhere(self) -> "Part":
+        """The same time, whose work some other part has counted."""
+        return Part(self.seconds, self.critical)
+
 
 def work(resource: str, seconds: float) -> Part:
     return Part(seconds, {resource: seconds}, {resource: seconds}) if seconds else Part()
@@ -429,7 +433,7 @@ class CostModel:
             pipeline = side_by_side(in_turn(host.early, host.late), in_turn(there, back))
             return in_turn(side_by_side(own, pipeline), handover), own.seconds, host
         # The selection goes on beside the whole layer, what it selected is attended to with the true query.
-        path = in_turn(there, handover, host.late, back)
+        path = in_turn(there, handover, host.late.counted_elsewhere(), back)
         layer = side_by_side(in_turn(host.early, host.late), in_turn(linear, side_by_side(device, path)))
         return layer, own.seconds, host
 

@@ -71,7 +71,9 @@ class Workload:
             raise ValueError(f"contexts {self.contexts}, {self.output_tokens} tokens to generate")
         if self.output_tokens is None and self.rate is not None:
             raise ValueError("requests that arrive at a rate need a number of tokens to generate")
-        if (self.concurrency or 1) < 1 or (self.rate is not None and not self.rate > 0):
+        if (self.concurrency is not None and self.concurrency < 1) or (
+            self.rate is not None and not self.rate > 0
+        ):
             raise ValueError(f"concurrency {self.concurrency}, rate {self.rate}")
 
 

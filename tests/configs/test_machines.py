@@ -35,7 +35,8 @@ def test_every_described_machine_can_be_read_and_takes_expanders(name: str) -> N
     machine = machine_of(read_machine(name), num_cxl=4)
     assert machine.device is not None
     assert [node.tier for node in machine.nodes] == [Tier.DRAM, *[Tier.CXL] * 4]
-    assert {(node.read_bandwidth, node.latency_s) for node in machine.nodes[1:]} == {(36e9, 250e-9)}
+    for node in machine.nodes[1:]:
+        assert (node.read_bandwidth, node.latency_s) == (36e9, pytest.approx(250e-9))
     assert len({node.id for node in machine.nodes}) == len(machine.nodes)
 
 
@@ -48,11 +49,11 @@ def test_every_figure_has_its_source_beside_it() -> None:
         path = Path(__file__).parents[2] / "configs" / "machines" / f"{name}.toml"
         lines = path.read_text().splitlines()
         for before, line in zip(lines, lines[1:], strict=False):
-            figure = any(f"{unit} =" in line for unit in ("_gib", "_gb_s", "_ns", "_tflops", "_gflops", "_share"))
-            trivial = line.endswith("= 1.0")
-            assert not figure or trivial or "#" in line or "#" in before or before.startswith("core_gflops"), (
-                f"{path.name}: {line}"
+            figure = any(
+                f"{unit} =" in line for unit in ("_gib", "_gb_s", "_ns", "_tflops", "_gflops", "_share")
             )
+            about_core = line.startswith("core_") and (before.startswith(("#", "core_")))
+            assert not figure or line.endswith("= 1.0") or "#" in line or about_core, f"{path.name}: {line}"
 
 
 def test_no_expander_leaves_the_machine_as_it_is() -> None:

@@ -62,7 +62,9 @@ def test_an_unknown_machine_lists_the_known_ones() -> None:
 
 def test_weights_that_do_not_fit_are_refused_with_the_numbers() -> None:
     request = PlanRequest("llama-3.1-70b", "rtx5090", (4096,))
-    with pytest.raises(CannotPlan, match=r"weights of llama-3\.1-70b take 131\.4 GiB .* RTX 5090 has 28\.8 GiB"):
+    with pytest.raises(
+        CannotPlan, match=r"weights of llama-3\.1-70b take 131\.4 GiB .* RTX 5090 has 28\.8 GiB"
+    ):
         Planner("llama-3.1-70b", "rtx5090").plan(request)
 
 
@@ -77,7 +79,7 @@ def test_what_does_not_fit_is_said_beside_what_does() -> None:
 
 def test_this_machine_is_measured_quickly_and_runs_what_needs_no_device() -> None:
     shape = ModelShape("x", 2, 256, 4, 2, 64, 10**6, 10**6, 10**5)
-    machine, factors = measure_machine(shape, num_threads=1)
+    machine, factors = measure_machine(shape, num_threads=1, num_bytes=1 << 22, turn_s=0.01)
     assert machine.device is None
     assert machine.nodes[0].read_bandwidth > 1e8
     assert machine.core_flops > 1e7
