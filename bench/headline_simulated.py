@@ -3,9 +3,9 @@
     python -m bench.headline_simulated --json bench/results/headline_simulated.json --docs docs/simulated-headline.md
 
 Every model preset on three described machines, each with four CXL expanders, at a few contexts, by every system of
-`scheduler/cost.py`. HybridGen (arXiv 2604.18529) reports 1.41x to 3.2x on average over six KV cache managers on eleven sizes
-of OPT, Llama and Qwen, three GPU platforms and CXL memory; its cells are not public, so these are ours. Nothing runs on
-a GPU: the figures are those of a cost model, and its assumptions are printed with them.
+`scheduler/cost.py`. HybridGen (arXiv 2604.18529) reports 1.41x to 3.2x on average over six KV cache managers on
+eleven sizes of OPT, Llama and Qwen, three GPU platforms and CXL memory; its cells are not public, so these are
+ours. Nothing runs on a GPU: the figures are those of a cost model, and its assumptions are printed with them.
 """
 
 import argparse
@@ -103,7 +103,7 @@ def beyond_device(row: Mapping[str, Any]) -> bool:
 
 
 def ratios(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, dict[str, float]]]:
-    """ours -> baseline -> geometric mean, least and greatest of the ratios of tokens a second, and of how many cells."""
+    """ours -> baseline -> geometric mean, least and greatest of the ratios of tokens a second."""
     result: dict[str, dict[str, dict[str, float]]] = {}
     for ours in OURS:
         result[ours] = {}
@@ -128,7 +128,7 @@ def ratio_table(found: Mapping[str, Mapping[str, Mapping[str, float]]]) -> str:
     lines = ["| | " + " | ".join(BASELINES) + " |", "|---|" + "--:|" * len(BASELINES)]
     for ours, against in found.items():
         texts = [
-            f"{against[name]['mean']:.2f} ({against[name]['least']:.2f}-{against[name]['greatest']:.2f})" if name in against else "-"
+            "{mean:.2f} ({least:.2f}-{greatest:.2f})".format(**against[name]) if name in against else "-"
             for name in BASELINES
         ]  # fmt: skip
         lines.append(f"| {ours} | " + " | ".join(texts) + " |")
@@ -158,17 +158,21 @@ def document(results: Mapping[str, Any], plot: str) -> str:
     """The page of the docs."""
     low, high = results["paper"]["times_as_fast"]
     missing = sorted({f"{one['model']} on {one['machine']}" for one in results["does_not_fit"]})
+    loads = ", ".join(f"{context:,} tokens x {count}" for context, count in LOADS)
+    machines = "\n".join(
+        f"### {name}\n\n{ratio_table(results['times_as_fast'][name])}\n" for name in MACHINES
+    )
     losing = [name for name in BASELINES if name not in LOSSLESS]
     return f"""# The paper's comparison, simulated
 
-**Simulated, not measured.** `{results["command"]}` runs the cost model of [docs/simulator.md](simulator.md) with the real
-scheduler, controller and mapper on {", ".join(MACHINES)}, each with {results["num_cxl"]} CXL expanders, for every model preset whose
-weights fit, at {", ".join(f"{context:,} tokens x {count}" for context, count in LOADS)} sequences where the model has so many positions.
+**Simulated, not measured.** `{results["command"]}` runs the cost model of [docs/simulator.md](simulator.md) with
+the real scheduler, controller and mapper on {", ".join(MACHINES)}, each with {results["num_cxl"]} CXL expanders, for
+every model preset whose weights fit, at {loads} sequences where the model has so many positions.
 No figure was measured on a GPU, and no factor was chosen with the outcome in view.
 
-HybridGen (arXiv 2604.18529) reports {low}x to {high}x on average over six KV cache managers on eleven sizes of OPT, Llama and Qwen,
-three GPU platforms and CXL memory. Which cells, which batch sizes and which six are not public; two of the six are FlexGen
-and InfiniGen. So the ratios stand beside the paper's, they do not repeat it.
+HybridGen (arXiv 2604.18529) reports {low}x to {high}x on average over six KV cache managers on eleven sizes of OPT,
+Llama and Qwen, three GPU platforms and CXL memory. Its cells and batch sizes are not public, nor are all of the six, of
+which two are said to be FlexGen and InfiniGen. So the ratios stand beside the paper's, they do not repeat it.
 
 ![Simulated ratios beside the paper's]({plot})
 
@@ -182,17 +186,17 @@ Tokens a second of the row over those of the column: geometric mean (least to gr
 
 {ratio_table(results["times_as_fast_beyond_the_device"])}
 
-{", ".join(losing)} answer differently from exact attention; so do `hybridgen` (top-k, no bound) and `mass` (bounded). Only
-`exact`, {", ".join(LOSSLESS)} are the same arithmetic.
+{", ".join(losing)} answer differently from exact attention; so do `hybridgen` (top-k, no bound) and `mass`
+(bounded). Only `exact`, {", ".join(LOSSLESS)} are the same arithmetic.
 
 ## By machine
 
-{chr(10).join(f"### {name}{chr(10)}{chr(10)}{ratio_table(results['times_as_fast'][name])}{chr(10)}" for name in MACHINES)}
+{machines}
 ## Assumptions
 
 {chr(10).join(f"- {line}" for line in results["assumptions"])}
-- Data sheets and the shares of them that are reached: `configs/machines/*.toml`, a source beside each figure. One GPU has a
-  whole socket for itself. The A100's and the 5090's CPUs have no CXL ports: those machines cannot be bought.
+- Data sheets and the shares of them that are reached: `configs/machines/*.toml`, a source beside each figure. One GPU
+  has a whole socket for itself. The A100's and the 5090's CPUs have no CXL ports: those machines cannot be bought.
 - Weights stay on the device in 16 bits. {f"They do not fit: {', '.join(missing)}." if missing else ""}
 - Decode only: steps in which every running sequence makes one token. Sequences that do not fit wait.
 - Baselines have what their authors describe, perfectly overlapped, without their frameworks' overheads.

@@ -3,12 +3,13 @@
     python -m bench.simulator_honesty --json bench/results/simulator_honesty.json
 
 A Llama of about 150 million random weights decodes on `--device cpu`, in this process, without a server; 20
-configurations of policy, context, batch and device pages. Their pages are filled with random keys and values instead of
-computing prompts, scaled so that logits have a standard deviation of about 3: policies that select can.
+configurations of policy, context, batch and device pages. Their pages are filled with random keys and values
+instead of computing prompts, scaled so that logits have a standard deviation of about 3: policies that select can.
 
-The prediction is the simulator's, with the real scheduler, on what `engine/this_machine.py` measures before and after the
-configuration (plain reading, products, attention of one layer by the same policy; a machine that others use too is not the
-same a minute later), and on the fixed times of two tiny models. No configuration is used to calibrate.
+The prediction is the simulator's, with the real scheduler, on what `engine/this_machine.py` measures before and
+after the configuration (plain reading, products, attention of one layer by the same policy; a machine that others
+use too is not the same a minute later), and on the fixed times of two tiny models. No configuration is used to
+calibrate.
 """
 
 import argparse
@@ -66,12 +67,14 @@ class Configuration:
 
 CONFIGURATIONS = (
     *(Configuration("exact", context, batch)
-      for context, batch in ((1024, 1), (1024, 8), (4096, 1), (4096, 8), (16384, 1), (16384, 4), (65536, 1), (8192, 16))),
+      for context, batch in ((1024, 1), (1024, 8), (4096, 1), (4096, 8), (8192, 16), (16384, 1), (16384, 4),
+                             (65536, 1))),
     *(Configuration("exact", context, batch, share) for context, batch, share in ((8192, 2, 0.5), (32768, 1, 0.25))),
     *(Configuration("mass", context, batch)
       for context, batch in ((4096, 1), (4096, 8), (16384, 1), (16384, 4), (65536, 1))),
     Configuration("mass", 32768, 1, 0.25),
-    *(Configuration("hybridgen", context, batch) for context, batch in ((4096, 4), (16384, 1), (16384, 4), (65536, 1))),
+    *(Configuration("hybridgen", context, batch)
+      for context, batch in ((4096, 4), (16384, 1), (16384, 4), (65536, 1))),
 )  # fmt: skip
 
 
@@ -171,8 +174,7 @@ def write_config(folder: Path, config: Mapping[str, Any]) -> Path:
 
 
 def fixed_times(work_dir: Path) -> tuple[float, float, float]:
-    """Seconds of a step, of a layer and of a sequence, whatever is in them: tiny models of 4 and 16 layers, with 1 and 16
-    sequences, in turns."""
+    """Seconds of a step, of a layer and of a sequence, whatever is in them, by tiny models of two depths."""
     took: dict[tuple[int, int], list[float]] = {
         (layers, batch): [] for layers in (4, 16) for batch in (1, 16)
     }
@@ -211,11 +213,12 @@ def judge(
     fixed: tuple[float, float, float],
     seconds: float,
 ) -> dict[str, Any]:
-    """Measure the machine and predict, before and after measuring the configuration; the prediction is the mean of both."""
+    """Measure a configuration between two predictions, of which the mean counts."""
     num_pages = -(-(configuration.context + 512) // PAGE_SIZE) * configuration.batch
     num_device = round(num_pages * configuration.device_share)
     core = make_engine(
-        folder, configuration.policy, num_pages - num_device, num_device, configuration.context + 512, configuration.batch
+        folder, configuration.policy, num_pages - num_device, num_device,
+        configuration.context + 512, configuration.batch,
     )  # fmt: skip
     policies = () if configuration.policy == "exact" else (configuration.policy,)
     step_s, layer_s, sequence_s = fixed
@@ -255,17 +258,12 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         work_dir = Path(name)
         folder = write_config(work_dir / "llama-150m", CONFIG)
         shape = shape_of(spec_from_config(load_config(folder)), "llama-150m")
-        host, factors = measure_machine(shape, policies=("mass", "hybridgen"), key_scale=KEY_SCALE * 0.55)
-        step_s, layer_s, sequence_s = fixed_times(work_dir)
-        factors = replace(
-            factors, step_s=step_s, layer_s=layer_s, sequence_s=sequence_s, handover_s=layer_s / 2
-        )
-        print(json.dumps(asdict(factors)), file=sys.stderr, flush=True)
+        fixed = fixed_times(work_dir)
         rows: list[dict[str, Any]] = []
         for configuration in CONFIGURATIONS:
             if options.only and configuration.policy not in options.only:
                 continue
-            row = judge(configuration, folder, shape, (step_s, layer_s, sequence_s), options.seconds)
+            row = judge(configuration, folder, shape, fixed, options.seconds)
             rows.append(row)
             print(f"{configuration.name}: {json.dumps(row)}", file=sys.stderr, flush=True)
     errors = [abs(row["error"]) for row in rows]
@@ -275,7 +273,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         "machine": machine(),
         "commit": commit(),
         "ended": datetime.now(UTC).isoformat(timespec="seconds"),
-        "fixed_times_s": {"step": step_s, "layer": layer_s, "sequence": sequence_s},
+        "fixed_times_s": dict(zip(("step", "layer", "sequence"), fixed, strict=True)),
         "model": {"config": CONFIG},
         "rows": rows,
         "median_error": round(statistics.median(errors), 3),
@@ -290,15 +288,15 @@ def table(results: Mapping[str, Any]) -> str:
         "|---|--:|--:|--:|--:|--:|--:|",
     ]
     lines += [
-        f"| {row['policy']} | {row['context']:,} | {row['batch']} | {row['device_share']:.0%} | {row['predicted_ms']:.2f} "
-        f"| {row['measured_ms']:.2f} | {row['error']:+.0%} |"
+        f"| {row['policy']} | {row['context']:,} | {row['batch']} | {row['device_share']:.0%} "
+        f"| {row['predicted_ms']:.2f} | {row['measured_ms']:.2f} | {row['error']:+.0%} |"
         for row in results["rows"]
     ]
     between = [abs(row["predictions_ms"][0] / row["predictions_ms"][1] - 1) for row in results["rows"]]
     return "\n".join(lines) + (
-        f"\n\nMedian error {results['median_error']:.1%}, worst {results['worst_error']:.1%}. The predictions before and after a"
-        f"\nconfiguration differ by {statistics.median(between):.1%} in the median and {max(between):.1%} at worst: so much the machine"
-        " itself changed."
+        f"\n\nMedian error {results['median_error']:.1%}, worst {results['worst_error']:.1%}."
+        f" The predictions before and after a configuration differ by {statistics.median(between):.1%}"
+        f"\nin the median and {max(between):.1%} at worst: so much the machine itself changed."
     )
 
 

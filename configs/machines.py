@@ -18,7 +18,7 @@ Share = Annotated[float, Field(gt=0, le=1)]
 
 
 class MachineError(ValueError):
-    """There is no such description, or it cannot be read; the message says which file, which key and what is allowed."""
+    """There is no such description, or it cannot be read; the message says which file, which key, what is allowed."""
 
 
 class _Part(BaseModel):

@@ -1,4 +1,4 @@
-"""What a machine would do with a model and a load, by every way of serving it: for `hybridgen plan`. Plain data out."""
+"""What a machine would do with a model and a load, by every way of serving it, as plain data: `hybridgen plan`."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -228,7 +228,8 @@ def find_shape(model: str) -> ModelShape:
             config = found
         else:
             raise CannotPlan(
-                f"no model {model!r}: it is no folder, no id of the Hugging Face hub, and no preset: {', '.join(preset_names())}"
+                f"no model {model!r}: it is no folder, no id of the Hugging Face hub, and no preset: "
+                + ", ".join(preset_names())
             )
         spec = spec_from_config(config)
     except (OSError, ValueError, WeightError) as error:
@@ -260,13 +261,14 @@ def assumptions(factors: CostFactors, machine: Machine, systems: Sequence[System
         )
     if System.HYBRIDGEN in systems or System.HYBRIDGEN_PUBLISHED in systems:
         lines.append(
-            f"hybridgen reads all host keys and, for each query head, the values of {f.top_k_ratio:.0%} of the tokens, no two"
-            " heads the same; hybridgen-published sends each head's values over the link. The ratio does not adapt"
+            f"hybridgen reads all host keys and, for each query head, the values of {f.top_k_ratio:.0%} of the tokens,"
+            " no two heads the same; hybridgen-published sends each head's values over the link. The ratio is fixed"
         )
     if System.STREAM in systems or System.STREAM_INT4 in systems:
         lines.append(
             "stream copies every host page over the link in each step, wholly overlapped with the device's work;"
-            f" stream-int4 keeps and copies {f.int4_share:.0%} of the bytes and writes and reads them in 16 bits once more"
+            f" stream-int4 keeps and copies {f.int4_share:.0%} of the bytes, and writes and reads them in 16 bits once"
+            " more"
         )
     if System.H2O in systems:
         lines.append(
@@ -275,8 +277,8 @@ def assumptions(factors: CostFactors, machine: Machine, systems: Sequence[System
     if System.INFINIGEN in systems:
         lines.append(
             f"infinigen has all KV on the host, {f.infinigen_partial:.0%} of K on the device, and fetches"
-            f" {f.infinigen_share:.0%} of the tokens in all layers but two, which fetch all; rows are gathered, written and read"
-            " by the cores and the link, which is three times the bytes in host memory"
+            f" {f.infinigen_share:.0%} of the tokens in all layers but two, which fetch all; rows are gathered, written"
+            " and read by the cores and the link, which is three times the bytes in host memory"
         )
     return tuple(lines)
 

@@ -1,4 +1,4 @@
-"""What this machine does, measured in a few seconds for planning: bandwidth, attention in and out of the cache, products."""
+"""What this machine does, measured in a few seconds for planning: reading, attention, products."""
 
 import statistics
 import time
@@ -50,10 +50,8 @@ def measure_machine(
         key_scale: standard deviation of those keys: of the logits, where queries have unit variance.
     """
     with AttentionPool(num_threads=num_threads) as pool:
-        buffer = torch.ones(num_bytes // 8, dtype=torch.int64)
-        bandwidth = buffer.nbytes / _typical(lambda: pool.plain_read(buffer), turn_s)
-        del buffer
-        core_flops, fixed_share = _core_rates(pool.isa, shape.head_dim, turn_s)
+        bandwidth = _plain_read_rate(pool, num_bytes, turn_s)
+        core_flops, not_growing = _core_rates(pool.isa, shape.head_dim, turn_s)
         node = MemoryNode(0, "dram", Tier.DRAM, bandwidth, 100e-9, available_host_bytes())
         machine = Machine(
             name=f"{cpu_name()}, {pool.num_threads} threads",
@@ -66,7 +64,7 @@ def measure_machine(
         stream, flops = _product_rates(pool, shape, num_bytes // 2, turn_s)
         factors = replace(
             CostFactors(),
-            core_fixed_share=fixed_share,
+            core_fixed_share=not_growing,
             cores_matmul_flops=flops,
             linear_share=stream / bandwidth,
             # A layer of torch and the pool, a step of Python: `python -m bench.simulator_honesty` measures them.
@@ -90,6 +88,11 @@ def _typical(fn: Callable[[], object], seconds: float) -> float:
     return statistics.median(times)
 
 
+def _plain_read_rate(pool: AttentionPool, num_bytes: int, turn_s: float) -> float:
+    buffer = torch.ones(num_bytes // 8, dtype=torch.int64)
+    return buffer.nbytes / _typical(lambda: pool.plain_read(buffer), turn_s)
+
+
 def core_rate(isa: str, head_dim: int, group: int, turn_s: float = 0.12) -> float:
     """Floating-point operations a second of one core that attends to keys and values in its cache."""
     layout = KVLayout(1, 1, head_dim, PAGE_SIZE, torch.bfloat16)
@@ -102,12 +105,17 @@ def core_rate(isa: str, head_dim: int, group: int, turn_s: float = 0.12) -> floa
     return 4 * group * head_dim * CACHED_TOKENS / took
 
 
-def _core_rates(isa: str, head_dim: int, turn_s: float) -> tuple[float, float]:
-    """The rate at 4 query heads a KV head, and the share of the time there that does not grow with their number."""
-    at_1, at_4, at_8 = (core_rate(isa, head_dim, group, turn_s) for group in (1, 4, 8))
+def fixed_share(at_1: float, at_4: float, at_8: float) -> float:
+    """Of the time at 4 query heads a KV head, what does not grow with their number: by rates at 1, 4 and 8."""
     # Seconds for `group` operations are fixed + group * each; a line through the ends.
     each = max(0.0, (8 / at_8 - 1 / at_1) / 7)
-    return at_4, min(1.0, max(0.0, 1 - each * at_4))
+    return min(1.0, max(0.0, 1 - each * at_4))
+
+
+def _core_rates(isa: str, head_dim: int, turn_s: float) -> tuple[float, float]:
+    """The rate at 4 query heads a KV head, and the fixed share."""
+    at_1, at_4, at_8 = (core_rate(isa, head_dim, group, turn_s) for group in (1, 4, 8))
+    return at_4, fixed_share(at_1, at_4, at_8)
 
 
 def _product_rates(

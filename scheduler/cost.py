@@ -1,4 +1,4 @@
-"""What a step costs on a machine: bytes over bandwidths and operations over rates, put together as the engine overlaps them.
+"""What a step costs on a machine: bytes over bandwidths, operations over rates, overlapped as the engine does.
 
 A *part* is some work with its seconds and what bounds it. Parts done one after the other add up, parts done side by
 side take as long as the longest; what bounds a step is what its critical path is made of. Every factor that is not in
@@ -118,8 +118,8 @@ class ModelShape:
 
     @property
     def index_token_bytes(self) -> int:
-        """The 8-bit index of a token's K, all layers: a code a dim and 2 bytes of scale for 32 dims. In groups of 16 tokens,
-        whose scales are padded to 64 bytes."""
+        """The 8-bit index of a token's K, all layers: a code a dim and 2 bytes of scale for 32 dims. In groups of
+        16 tokens, whose scales are padded to 64 bytes."""
         dims = -(-self.head_dim // 32) * 32
         scales = -(-(dims // 32 * 16 * 2) // 64) * 64
         return self.num_layers * self.num_kv_heads * (dims * 16 + scales) // 16
@@ -140,30 +140,34 @@ class ModelShape:
 
 @dataclass(frozen=True, slots=True)
 class CostFactors:
-    """What is neither in the data sheet nor in the model's shape. Defaults are for planning and say where they come from;
-    `engine/this_machine.py` measures those of a CPU.
+    """What is neither in the data sheet nor in the model's shape. Defaults are for planning and say where they come
+    from; `engine/this_machine.py` measures those of a CPU.
 
     Attributes:
         step_s: of a step, whatever is in it: scheduling, sampling, the server. Assumption.
         layer_s: of a layer, whatever is in it: launches of a captured graph, small kernels. Assumption: ten of 1 us.
         sequence_s: of each sequence in a step: block tables, sampling. Assumption.
-        handover_s: of a layer with host pages: queries over, flags, the merge. 15 to 20 us are lower bounds of copies (5 to
-            8 us each way), flags (2 us) and a kernel (3 to 4 us). Assumption.
+        handover_s: of a layer with host pages: queries over, flags, the merge. 15 to 20 us are lower bounds of
+            copies (5 to 8 us each way), flags (2 us) and a kernel (3 to 4 us). Assumption.
         cores_matmul_flops: dense products by all cores together; only where linear layers run on them.
         linear_share: of a node's bandwidth that streaming weights reaches; only where linear layers run on the cores.
-        scan_share: of a node's bandwidth that attention over scattered pages reaches: 0.88 at best by docs/cpu-attention.md.
+        scan_share: of a node's bandwidth that attention over scattered pages reaches: 0.88 at best by
+            docs/cpu-attention.md.
         gather_share: the same when single rows are read. Assumption: 0.5 to 0.7 for rows of 256 bytes.
-        core_fixed_share: of the time of attention in cache at 4 query heads a KV head that does not grow with their number.
-        index_speed: tokens of the index scanned by a core in the time of one that is attended. `python -m bench.core_rates`.
-        logits_speed: keys scored and ranked by a core for `hybridgen`, in the same time. Half of the arithmetic is left.
+        core_fixed_share: of the time of attention in cache at 4 query heads a KV head that does not grow with their
+            number.
+        index_speed: tokens of the index scanned by a core in the time of one that is attended. Assumption; two
+            cores of a Zen 4 are slower (docs/simulator.md).
+        logits_speed: keys scored and ranked by a core for `hybridgen`, in the same time: half of the arithmetic is
+            left, and ranking is free. Assumption; this repository's own policy is slower (docs/simulator.md).
         selected_share: of the tokens on the host whose K and V `mass` reads; 0.33 at 0.99 on text of 2k and 4k tokens
             (docs/accuracy.md), on a small model. Larger models and longer contexts are likely to need less.
         v_sums_share: of the sums of V that `mass` reads for its tail term.
         top_k_ratio: of the host's tokens, that each query head of `hybridgen` attends to; its default.
         int4_share: of 16 bits that FlexGen's 4 bits take: groups of 64 with a 16-bit scale and minimum.
         h2o_share: of the tokens that H2O keeps, in all layers but two, which keep all.
-        infinigen_share: of the tokens that InfiniGen fetches, in all layers but two, which fetch all. Assumption, between
-            the less than 10 % that its authors report on average and its limit of 20 %.
+        infinigen_share: of the tokens that InfiniGen fetches, in all layers but two, which fetch all. Assumption,
+            between the less than 10 % that its authors report on average and its limit of 20 %.
         infinigen_partial: of the columns of K that InfiniGen keeps on the device to speculate with.
         scan_min_tokens: host tokens of a sequence below which a selecting policy attends to all.
     """
@@ -326,7 +330,8 @@ class CostModel:
     """Times of steps of one system.
 
     Args:
-        machine: without a device, linear layers and the pages of the device tier are work of the cores and of the first node.
+        machine: without a device, linear layers and the pages of the device tier are work of the cores and of the
+            first node.
     """
 
     def __init__(self, machine: Machine, shape: ModelShape, factors: CostFactors, system: System) -> None:

@@ -1,8 +1,8 @@
-"""The engine's decisions on a modelled machine: the real scheduler, controller and mapper; only clock and processors are not.
+"""The engine's decisions on a modelled machine: real scheduler, controller and mapper; modelled clock and processors.
 
-A simulation is a loop of steps: requests arrive, `Scheduler.schedule` chooses, `CostModel.step` says how long it takes, the
-clock advances, `commit`; the mapper places the host pages that came and the controller sees the step as the engine's clocks
-would show it. Tokens are all alike. The same arguments give the same result.
+A simulation is a loop of steps: requests arrive, `Scheduler.schedule` chooses, `CostModel.step` says how long it
+takes, the clock advances, `commit`; the mapper places the host pages that came and the controller sees the step as
+the engine's clocks would show it. Tokens are all alike. The same arguments give the same result.
 
 What is simplified: prompts are computed alone or beside decodes, but never shared (no prefix hits); all host pages are
 read alike, so that none is hotter than another; migrations between host nodes take bandwidth that is idle.
@@ -79,7 +79,7 @@ class Workload:
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What `hybridgen serve` would be told. `device_pages` is for machines without a device, whose tiers are a choice."""
+    """What `hybridgen serve` would be told. `device_pages` is for machines without a device."""
 
     page_size: int = 32
     max_num_seqs: int = 256
@@ -185,8 +185,8 @@ def find_capacity(model: CostModel, limits: Limits) -> Capacity:
         if room < 0:
             raise DoesNotFit(
                 f"the weights of {shape.name} take {_gib(shape.weights_bytes)} and the workspace "
-                f"{_gib(limits.workspace_bytes)}; {machine.device.name} has {_gib(machine.device.memory.capacity_bytes)} "
-                "for both and KV"
+                f"{_gib(limits.workspace_bytes)}; {machine.device.name} has "
+                f"{_gib(machine.device.memory.capacity_bytes)} for both and KV"
             )
         num_device_pages = room // model.device_page_bytes(page_size)
     # A piece is not cut, so each node may have less than one of the largest left over.
@@ -305,7 +305,7 @@ class Simulation:
         )
 
     def _enough_tokens(self) -> int:
-        """So many that no request ends before the steps to be measured, while others' prompts are computed as well."""
+        """So many that no request ends before the last step to be measured, prompts of others included."""
         workload = self._workload
         assert workload.concurrency is not None
         prompts = workload.concurrency * max(workload.contexts)
@@ -569,7 +569,7 @@ class _HostPages:
                 come.discard(move.source - first)
         for part in step.sequences:
             request = requests[part.key]
-            # The same tuple until a page comes, goes or moves. Pages are written on the host only without a device tier.
+            # The same tuple until a page comes, goes or moves. With a device tier pages come by moves alone.
             if part.block_table is not request.table and not first:
                 come.update(part.block_table)
             request.table, request.num_device_pages = part.block_table, part.num_device_pages

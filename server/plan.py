@@ -1,4 +1,4 @@
-"""`hybridgen plan`: what a machine would do with a model and a load, before anybody loads anything. Tables and plots."""
+"""`hybridgen plan`: what a machine would do with a model and a load. Asks engine/planning.py; prints, draws."""
 
 import dataclasses
 import json
@@ -91,7 +91,8 @@ def print_plan(console: Console, made: Plan) -> None:
     lengths = ", ".join(f"{length:,}" for length in sorted(set(made.contexts)))
     console.print(f"[bold]{made.model}[/] on [bold]{made.machine}[/] ({made.source})")
     console.print(
-        f"weights {_gib(made.weights_bytes)}, KV {made.kv_token_bytes / 1024:.1f} KiB a token; contexts of {lengths} tokens, {load}"
+        f"weights {_gib(made.weights_bytes)}, KV {made.kv_token_bytes / 1024:.1f} KiB a token; "
+        f"contexts of {lengths} tokens, {load}"
     )
     table = Table(title="Simulated, not measured")
     for name in (

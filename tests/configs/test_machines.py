@@ -1,3 +1,4 @@
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -48,7 +49,7 @@ def test_every_figure_has_its_source_beside_it() -> None:
     for name in machine_names():
         path = Path(__file__).parents[2] / "configs" / "machines" / f"{name}.toml"
         lines = path.read_text().splitlines()
-        for before, line in zip(lines, lines[1:], strict=False):
+        for before, line in pairwise(lines):
             figure = any(
                 f"{unit} =" in line for unit in ("_gib", "_gb_s", "_ns", "_tflops", "_gflops", "_share")
             )
@@ -90,7 +91,7 @@ def test_a_wrong_description_is_refused_by_key(tmp_path: Path, text: str, about:
 
 
 def test_an_unknown_machine_lists_the_known_ones() -> None:
-    with pytest.raises(MachineError, match="no machine 'h300'; known are a100-40g, .*rtx5090"):
+    with pytest.raises(MachineError, match=r"no machine 'h300'; known are a100-40g, .*rtx5090"):
         read_machine("h300")
 
 

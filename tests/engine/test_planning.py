@@ -15,7 +15,9 @@ CONFIGS = [
         vocab_size=100, hidden_size=64, intermediate_size=96, num_hidden_layers=3, num_attention_heads=4,
         num_key_value_heads=2, head_dim=24,
     ),
-    OPTConfig(vocab_size=100, hidden_size=64, ffn_dim=96, num_hidden_layers=3, num_attention_heads=4, word_embed_proj_dim=64),
+    OPTConfig(
+        vocab_size=100, hidden_size=64, ffn_dim=96, num_hidden_layers=3, num_attention_heads=4, word_embed_proj_dim=64,
+    ),
 ]  # fmt: skip
 
 
@@ -51,12 +53,12 @@ def test_every_preset_has_a_shape() -> None:
 
 
 def test_an_unknown_model_lists_the_presets() -> None:
-    with pytest.raises(CannotPlan, match="no model 'llama'.*llama-3.1-8b, opt-13b"):
+    with pytest.raises(CannotPlan, match=r"no model 'llama'.*llama-3.1-8b, opt-13b"):
         find_shape("llama")
 
 
 def test_an_unknown_machine_lists_the_known_ones() -> None:
-    with pytest.raises(CannotPlan, match="known are a100-40g.*`this`"):
+    with pytest.raises(CannotPlan, match=r"known are a100-40g.*`this`"):
         Planner("opt-6.7b", "h300")
 
 

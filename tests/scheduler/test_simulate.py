@@ -220,8 +220,15 @@ def test_parts_side_by_side_take_as_long_as_the_longest() -> None:
 # -- simulation --
 
 
-def run(system: System, *, contexts: tuple[int, ...] = (4096,), concurrency: int = 4, num_cxl: int = 0, **more: int) -> SimulationResult:  # fmt: skip
-    workload = Workload(contexts, concurrency=concurrency, num_steps=16, warmup_steps=8, **more)
+def run(
+    system: System,
+    *,
+    contexts: tuple[int, ...] = (4096,),
+    concurrency: int = 4,
+    num_cxl: int = 0,
+    seed: int = 0,
+) -> SimulationResult:
+    workload = Workload(contexts, concurrency=concurrency, num_steps=16, warmup_steps=8, seed=seed)
     return simulate(llama(system, num_cxl=num_cxl, name="rtx5090"), workload)
 
 
@@ -292,7 +299,7 @@ def test_weights_that_do_not_fit_are_refused_with_the_numbers() -> None:
 
 
 def test_a_sequence_that_can_never_fit_is_refused_with_the_numbers() -> None:
-    with pytest.raises(DoesNotFit, match="may reach 200.* tokens"):
+    with pytest.raises(DoesNotFit, match=r"may reach 200.* tokens"):
         run(System.DEVICE_ONLY, contexts=(200_000,), concurrency=1)
 
 
