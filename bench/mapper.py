@@ -145,13 +145,16 @@ def run(rule: RuleBase, load: Load, *, steps: int) -> Result:
     books = rule.books
     free = list(range(len(books.readers)))[::-1]
     shared = [free.pop() for _ in range(load.num_shared)]
+    waiting = sum(load.contexts) - load.num_shared * len(load.contexts)
     if shared:
-        rule.place(shared, readers=len(load.contexts))
+        rule.place(shared, readers=len(load.contexts), coming=waiting)
     owned = []
     for pages in load.contexts:
         owned.append([free.pop() for _ in range(pages - load.num_shared)])
         for begin in range(0, len(owned[-1]), 64):  # as chunks of a prompt would
-            rule.place(owned[-1][begin : begin + 64])
+            chunk = owned[-1][begin : begin + 64]
+            waiting -= len(chunk)
+            rule.place(chunk, coming=waiting)
     rank = rng.permutation(len(books.readers)) + 1.0
     sparse = np.array([0 < share < 1 for share in load.pattern.shares])
     read_s = moved_bytes = plan_s = 0.0
@@ -199,7 +202,8 @@ def run(rule: RuleBase, load: Load, *, steps: int) -> Result:
             free += owned[position][::-1]
             owned[position] = [free.pop() for _ in range(load.contexts[position] - load.num_shared)]
             for begin in range(0, len(owned[position]), 64):
-                rule.place(owned[position][begin : begin + 64])
+                rest = owned[position][begin:]
+                rule.place(rest[:64], coming=len(rest) - len(rest[:64]))
     return Result(read_s, moved_bytes, plan_s / steps)
 
 

@@ -202,6 +202,7 @@ class _Side:
         self._samples: deque[tuple[float, float, bool]] = deque(maxlen=_WINDOW)
         self._astray: deque[bool] = deque(maxlen=3)  # of the last steps that were far off the fit: too slow
         self._num_disturbed = 0  # last steps in a row
+        self._slowdown = 1.0  # of disturbed steps, by the first ones of every move, when the bytes are still the same
         self.proportional = 0.85
         self.mean_bytes = 0.0
         self.mean_s = 0.0
@@ -238,6 +239,11 @@ class _Side:
                 kept = list(self._samples)[-_MIN_SAMPLES:]
             self._samples = deque(((b, s, True) for b, s, _ in kept), maxlen=_WINDOW)
         if self.is_measured:
+            if 0 < self._num_disturbed <= 3:
+                off = min(_CHANGED_DISTURBED, max(1.0, seconds / self.seconds(num_bytes)))
+                self._slowdown += 0.3 * (off - self._slowdown)
+            if disturbed:
+                seconds /= self._slowdown
             off = seconds / self.seconds(num_bytes)
             limit = max(_CHANGED, 1 + 4 * self.spread) * (_CHANGED_DISTURBED if disturbed else 1)
             if 1 / limit <= off <= limit:
@@ -665,7 +671,7 @@ class FeedbackController:
 
     def _candidates(self) -> list[tuple[int, bool]]:
         threads, ahead = self._settings
-        change = max(1, threads // 4)
+        change = max(1, threads // 8)
         others = [(threads, not ahead)] if self.config.can_look_ahead and not self._mass_is_low else []
         others += [(max(1, threads - change), ahead), (min(self.config.max_threads, threads + change), ahead)]
         return [other for other in others if other != self._settings and other not in self._tried]

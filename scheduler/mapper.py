@@ -6,7 +6,7 @@ That K lies in DRAM and V in CXL memory is a result where V is read sparsely, an
 
 Two parts:
 
-- *Placing* goes by role. What new and present pieces are read and hold, by role, is poured over the nodes: the slower ones
+- *Placing* goes by role. What present, new and coming pieces are read and hold, by role, is poured over the nodes: the slower ones
   first, from what is read least for its bytes, until each has what it can read while the others read theirs. New pieces
   take turns in these proportions.
 - *Migrating* goes by piece, and by what was measured. While one node takes longer than all would if they shared the
@@ -15,7 +15,9 @@ Two parts:
   of two times without making the shorter the longer, so under the same reads there is an end to them.
 """
 
+from collections import deque
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -123,16 +125,18 @@ class SemanticMapper(RuleBase):
         pattern: ReadPattern,
         num_pages: int,
         *,
-        horizon_steps: int = 500,
+        horizon_steps: int = 256,
     ) -> None:
         super().__init__(nodes, shape, pattern, num_pages)
         self._horizon = horizon_steps
         self._targets = np.zeros((len(ROLES), len(nodes)))  # shares of a role's pieces; rows add up to 1
         self._poured = (-1.0, -1.0)  # bytes held and read when they were computed
 
-    def _before_placing(self, num_pages: int, readers: int) -> None:
+    def _before_placing(self, num_pages: int, readers: int, coming: int) -> None:
         books = self.books
         pieces = books.num_pieces.sum(axis=1)
+        room = (books.capacity.sum() - books.used.sum()) // books.role_bytes.sum()
+        num_pages += int(max(0, min(coming, room - num_pages)))
         loads = self._role_loads() + num_pages * readers * books.role_bytes * books.pattern.shares
         sizes = (pieces + num_pages) * books.role_bytes
         now = float(sizes.sum()), float(loads.sum())
@@ -141,8 +145,13 @@ class SemanticMapper(RuleBase):
         ):
             return
         self._poured = now
+        # Roles that are read alike lie alike: K and V of `exact` are one thing.
+        density = [round(load / size, 3) if size else 0.0 for load, size in zip(loads, sizes, strict=True)]
+        alike = sorted(set(density))
+        thing = np.array([alike.index(value) for value in density])
+        sizes, loads = (np.bincount(thing, each).astype(np.float64) for each in (sizes, loads))
         poured = pour(sizes, loads, books.capacity, books.bandwidth)
-        self._targets = poured / np.maximum(sizes, 1.0)[:, None]
+        self._targets = (poured / np.maximum(sizes, 1.0)[:, None])[thing]
 
     def _role_loads(self) -> Floats:
         """Bytes a step reads of each role: means of what was measured, if anything was placed."""
@@ -154,10 +163,11 @@ class SemanticMapper(RuleBase):
 
     def _order(self, column: int, used: Sequence[float]) -> Sequence[int]:
         books = self.books
-        targets = self._targets[column]
-        with np.errstate(divide="ignore"):
-            turn = (books.num_pieces[column] + 1) / targets  # inf where the role has no place
-        order: list[int] = np.lexsort((books.loads / books.bandwidth, turn)).tolist()
+        targets, pieces = self._targets[column], books.num_pieces[column]
+        ready = (books.loads + books.role_bytes[column] * books.pattern.shares[column]) / books.bandwidth
+        # Of the nodes that have less than their share of the role, the one that is ready first: shares are not whole.
+        has_enough = pieces >= targets * (pieces.sum() + 1)
+        order: list[int] = np.lexsort((ready, targets == 0, has_enough)).tolist()
         return order
 
     def plan(self, byte_budget: int) -> tuple[Migration, ...]:
@@ -246,6 +256,19 @@ class SemanticMapper(RuleBase):
         return tuple(lines)
 
 
+@dataclass(frozen=True, slots=True)
+class _Piece:
+    """One role of one page: `number` counts roles of all pages, `density` is what a step reads of a byte."""
+
+    number: int
+    size: float
+    density: float
+
+    @property
+    def load(self) -> float:
+        return self.size * self.density
+
+
 class _Plan:
     """Migrations as they are thought of, with what nodes hold and read once they are made."""
 
@@ -257,7 +280,7 @@ class _Plan:
         self._used = used
         self._left = budget
         self._horizon = horizon_steps
-        self._sizes = np.tile(self._books.role_bytes, len(self._books.readers))
+        self._smallest = min(size for size in self._books.role_bytes.tolist() if size > 0)
         self._where = self._books.node_of.ravel()
         self._density: Floats | None = None
         self._moved: set[int] = set()
@@ -265,66 +288,53 @@ class _Plan:
 
     @property
     def is_spent(self) -> bool:
-        smallest = min(size for size in self._books.role_bytes.tolist() if size > 0)
-        return bool(self._left < smallest)
+        return bool(self._left < self._smallest)
 
     def transfer(self, late: int, ready: int, amount: float) -> None:
-        """Move pieces that are read by `amount` bytes a step together, or as near below it as there are."""
+        """Move pieces that are read by `amount` bytes a step together, or as near below it as there are.
+
+        Where `ready` is full, what is read least there makes room, if `late` has room for it.
+        """
         books = self._books
         # A step's read of a piece is density times size; copying it reads it once here and writes it once there.
         least = (1 + books.bandwidth[late] / books.bandwidth[ready]) / self._horizon
-        for size in sorted(set(books.role_bytes.tolist()) - {0.0}, reverse=True):
-            num_pieces = int(self._left // size)
-            for piece, density in self._extreme(late, size, num_pieces, densest=True, least=least):
-                load = density * size
-                if size > self._left or load > amount:
-                    continue
-                if self._used[ready] + size > books.capacity[ready]:
-                    amount -= self._exchange(late, ready, size, amount, least)
+        count = int(self._left // self._smallest)
+        light = deque[_Piece]()
+        looked = False
+        for piece in self._extreme(late, count, densest=True, least=least):
+            missing = self._used[ready] + piece.size - books.capacity[ready]
+            if missing > 0 and not looked:
+                light.extend(self._extreme(ready, 2 * count, densest=False, least=-1.0))
+                looked = True
+            back: list[_Piece] = []
+            room = books.capacity[late] - self._used[late]
+            for other in light:
+                if missing <= 0 or other.density >= piece.density or other.size > room:
                     break
-                self._move(piece, late, ready, size, load, "less to read on the slowest node")
-                amount -= load
-
-    def _exchange(self, late: int, ready: int, size: float, amount: float, least: float) -> float:
-        """Pairs of pieces of one size change places; returns by how much less is read on `late`."""
-        books = self._books
-        done = 0.0
-        num_pairs = int(self._left // (2 * size))
-        leaving = self._extreme(late, size, num_pairs, densest=True, least=2 * least)
-        coming = self._extreme(ready, size, num_pairs, densest=False, least=-1.0)
-        for (piece, density), (other, other_density) in zip(leaving, coming, strict=False):
-            change = (density - other_density) * size
-            if change < 2 * least * size:
+                back.append(other)
+                missing -= other.size
+                room -= other.size
+            if missing > 0:
                 break
-            if change > amount - done or 2 * size > self._left:
+            change = piece.load - sum(other.load for other in back)
+            copied = piece.size + sum(other.size for other in back)
+            if change > amount or copied > self._left:
                 continue
-            makes_room = self._used[late] + size <= books.capacity[late]
-            if not makes_room and self._used[ready] + size > books.capacity[ready]:
-                break  # without one free place there is no exchange
-            there = (piece, late, ready, size, density * size, "read more than what it changes places with")
-            back = (
-                other,
-                ready,
-                late,
-                size,
-                other_density * size,
-                "read less than what it changes places with",
-            )
-            for step in (back, there) if makes_room else (there, back):
-                self._move(*step)
-            done += change
-        return done
+            if change < least * copied:
+                break
+            for other in back:
+                self._move(light.popleft(), ready, late, "read less than what it makes room for")
+            self._move(piece, late, ready, "less to read on the slowest node")
+            amount -= change
+            if self._left < self._smallest:
+                return
 
-    def _extreme(
-        self, node: int, size: float, count: int, *, densest: bool, least: float
-    ) -> list[tuple[int, float]]:
-        """Up to `count` pieces of that size on the node that have not moved, with their densities, the extreme first."""
+    def _extreme(self, node: int, count: int, *, densest: bool, least: float) -> list[_Piece]:
+        """Up to `count` pieces on the node that have not moved, the one read most, or least, for its bytes first."""
         books = self._books
-        if count <= 0:
-            return []
         if self._density is None:
             self._density = (books.share * books.readers[:, None]).ravel()
-        pieces = np.flatnonzero((self._where == node) & (self._sizes == size))
+        pieces = np.flatnonzero(self._where == node)
         density = self._density[pieces]
         chosen = density >= least
         pieces, density = pieces[chosen], density[chosen]
@@ -336,21 +346,24 @@ class _Plan:
         # Of what is read alike, what was read longest ago is colder.
         age = books.read_at[pieces // len(ROLES)]
         order = np.lexsort((pieces, -age if densest else age, key))
+        sizes = books.role_bytes[pieces % len(ROLES)]
         return [
-            (piece, value)
-            for piece, value in zip(pieces[order].tolist(), density[order].tolist(), strict=True)
-            if piece not in self._moved
+            _Piece(number, size, value)
+            for number, size, value in zip(
+                pieces[order].tolist(), sizes[order].tolist(), density[order].tolist(), strict=True
+            )
+            if number not in self._moved
         ]
 
-    def _move(self, piece: int, source: int, target: int, size: float, load: float, reason: str) -> None:
+    def _move(self, piece: _Piece, source: int, target: int, reason: str) -> None:
         nodes = self._books.nodes
-        page, column = divmod(piece, len(ROLES))
+        page, column = divmod(piece.number, len(ROLES))
         self.migrations.append(Migration(page, ROLES[column], nodes[source].id, nodes[target].id, reason))
-        self._moved.add(piece)
-        self._left -= size
+        self._moved.add(piece.number)
+        self._left -= piece.size
         for node, sign in ((source, -1), (target, 1)):
-            self._used[node] += sign * size
-            self._loads[node] += sign * load
+            self._used[node] += sign * piece.size
+            self._loads[node] += sign * piece.load
 
 
 def coldest(

@@ -14,7 +14,7 @@ import numpy.typing as npt
 from hybridgen.scheduler.machine import MemoryNode, Role, Tier
 
 ROLES = tuple(Role)  # the order of columns
-HOTNESS_WEIGHT = 0.1  # of a step in the EWMA of what is read: about ten steps count
+HOTNESS_WEIGHT = 0.2  # of a step in the EWMA of what is read: about the last five count
 
 
 class NoRoom(Exception):
@@ -84,12 +84,15 @@ class Migration:
 class Placement(Protocol):
     """A rule for where pieces lie. Page ids are [0, num_pages), whatever their numbers in block tables."""
 
-    def place(self, pages: Sequence[int], *, readers: int = 1) -> tuple[tuple[int, ...], ...]:
+    def place(
+        self, pages: Sequence[int], *, readers: int = 1, coming: int = 0
+    ) -> tuple[tuple[int, ...], ...]:
         """Take in new pages; for each the ids of the nodes of its roles, in the order of `ROLES`; a role
         without bytes has the first node.
 
         Args:
             readers: running sequences that hold each of them.
+            coming: pages that are known to follow soon, say the rest of a prompt.
 
         Raises:
             NoRoom: routinely; nothing was placed.
@@ -130,6 +133,7 @@ class Books:
     Attributes:
         node_of: [pages, roles] positions in `nodes`; -1: the page is free, or the role has no bytes.
         share: [pages, roles] of a piece's bytes that one reader is expected to read in a step.
+        num_observed: [pages] steps since it was placed whose reads are known.
         readers: [pages] running sequences.
         hotness: [pages] EWMA of the softmax mass that the page held; negative: never measured.
         placed_at, read_at: [pages] number of the step.
@@ -154,6 +158,7 @@ class Books:
         self.bandwidth = np.array([node.read_bandwidth for node in nodes], dtype=np.float64)
         self.node_of = np.full((num_pages, len(ROLES)), -1, dtype=np.int8)
         self.share = np.zeros((num_pages, len(ROLES)), dtype=np.float64)
+        self.num_observed = np.zeros(num_pages, dtype=np.int64)
         self.readers = np.zeros(num_pages, dtype=np.int32)
         self.hotness = np.full(num_pages, -1.0)
         self.placed_at = np.zeros(num_pages, dtype=np.int64)
@@ -175,6 +180,7 @@ class Books:
         self.node_of[page] = positions
         self.share[page] = self.pattern.shares
         self.readers[page] = readers
+        self.num_observed[page] = 0
         self.hotness[page] = -1.0
         self.placed_at[page] = self.read_at[page] = self.step
         for column, position in enumerate(positions):
@@ -203,7 +209,7 @@ class Books:
         self._count(ids, 1.0)
 
     def observe(self, reads: PageReads, weight: float) -> None:
-        """Draw shares and hotness towards what a step read, by `weight` of the difference.
+        """Draw shares and hotness towards what a step read, by `weight` of the difference; a mean of the first few.
 
         Pages whose shares were not measured, but whose mass was, are expected to be read in proportion to it: who selects
         by mass reads more where there is more of it.
@@ -214,11 +220,11 @@ class Books:
             return
         self._count(ids, -1.0)
         self.read_at[ids] = self.step
+        self.num_observed[ids] += 1
+        weights = np.maximum(weight, 1 / self.num_observed[ids])
         if reads.mass is not None:
-            known = self.hotness[ids] >= 0
-            self.hotness[ids] = np.where(
-                known, self.hotness[ids] + weight * (reads.mass - self.hotness[ids]), reads.mass
-            )
+            self.hotness[ids] += weights * (reads.mass - np.maximum(0.0, self.hotness[ids]))
+            self.hotness[ids] = np.where(weights == 1, reads.mass, self.hotness[ids])
         for role, measured in ((Role.K, reads.k_share), (Role.V, reads.v_share)):
             column = ROLES.index(role)
             share = measured
@@ -226,7 +232,7 @@ class Books:
                 mean = max(float(self.hotness[ids].mean()), 1e-12)
                 share = np.minimum(1.0, self.pattern.shares[column] * self.hotness[ids] / mean)
             if share is not None:
-                self.share[ids, column] += weight * (share - self.share[ids, column])
+                self.share[ids, column] += weights * (share - self.share[ids, column])
         self._count(ids, 1.0)
 
     def move(self, page: int, role: Role, source: int, target: int) -> None:
@@ -278,10 +284,12 @@ class RuleBase:
     ) -> None:
         self.books = Books(nodes, shape, pattern, num_pages)
 
-    def place(self, pages: Sequence[int], *, readers: int = 1) -> tuple[tuple[int, ...], ...]:
+    def place(
+        self, pages: Sequence[int], *, readers: int = 1, coming: int = 0
+    ) -> tuple[tuple[int, ...], ...]:
         """See `Placement.place`."""
         books = self.books
-        self._before_placing(len(pages), readers)
+        self._before_placing(len(pages), readers, coming)
         placed: list[int] = []
         answer: list[tuple[int, ...]] = []
         for page in pages:
@@ -319,7 +327,7 @@ class RuleBase:
         self._chosen(positions, readers)
         return tuple(positions)
 
-    def _before_placing(self, num_pages: int, readers: int) -> None:
+    def _before_placing(self, num_pages: int, readers: int, coming: int) -> None:
         """Pages are about to be placed."""
 
     def _order(self, column: int, used: Sequence[float]) -> Sequence[int]:

@@ -7,12 +7,21 @@ way, slow down with their load and while pages move, start late, and are sometim
 import math
 import random
 from collections import deque
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from hybridgen.scheduler.feedback import Decision, SequenceLoad, StepMeasurement
+from hybridgen.scheduler.feedback import (
+    Decision,
+    FeedbackConfig,
+    FeedbackController,
+    SequenceLoad,
+    StepMeasurement,
+)
+from hybridgen.scheduler.machine import Device, Machine, MemoryNode, Tier
 
 Counts = npt.NDArray[np.int64]
 Seconds = npt.NDArray[np.float64]
@@ -148,11 +157,74 @@ class Plant:
     def carry_out(self, decision: Decision) -> None:
         splits = dict(decision.splits)
         assert sum(splits.values()) <= self.budget, "more device pages than there are"
-        assert all(0 <= splits[key] <= self.num_pages[key] for key in splits)
+        assert all(wanted >= 0 for wanted in splits.values())
         left = self.config.max_moves
         for key, wanted in sorted(splits.items(), key=lambda item: item[1] - self.device_pages[item[0]]):
+            # The measurement was late: a context may be shorter by now.
+            wanted = min(wanted, self.num_pages[key])
             change = max(-left, min(left, wanted - self.device_pages[key]))
             self.device_pages[key] += change
             left -= abs(change)
             self._moved += abs(change)
         self.threads, self.layer_ahead = decision.num_threads, decision.layer_ahead
+
+
+def machine(
+    *, device_bandwidth: float = 2e12, host_bandwidth: float = 200e9, link_bandwidth: float = 32e9
+) -> Machine:
+    """A description for the controller to begin with. It is not the plant's."""
+    memory = MemoryNode(-1, "hbm", Tier.DEVICE, device_bandwidth, 1e-6, 1 << 40)
+    node = MemoryNode(0, "dram0", Tier.DRAM, host_bandwidth, 1e-7, 1 << 40)
+    return Machine("described", Device("gpu", memory, link_bandwidth, 1e14), (node,), 16, 1e11, "a test")
+
+
+def controller(plant: Plant, **changes: Any) -> FeedbackController:
+    """One that knows of the plant what an engine knows of its machine: sizes, and a description that is wrong."""
+    values: dict[str, Any] = {
+        "machine": machine(),
+        "device_page_bytes": plant.config.page_bytes,
+        "host_page_read_bytes": plant.config.page_bytes * plant.config.host_read_share,
+        "num_device_pages": plant.budget,
+        "max_threads": 16,
+        "max_num_seqs": 64,
+    }
+    return FeedbackController(FeedbackConfig(**(values | changes)))
+
+
+def draw(seed: int, **changes: float) -> Plant:
+    """A plant at random: hosts and devices of like and unlike speed, sparse and full reads, roomy and small devices.
+
+    It begins as prompts leave it, with as much on the device as there is room for.
+    """
+    rng = random.Random(seed)
+    config = PlantConfig(
+        layers=rng.choice([16, 32, 64]),
+        page_bytes=rng.choice([1, 2, 4, 8]) << 20,
+        host_read_share=rng.choice([1, 0.5, 0.25, 0.1, 0.05]),
+        device_bandwidth=10 ** rng.uniform(11.2, 12.5),
+        host_bandwidth=rng.uniform(60e9, 400e9),
+        host_knee=rng.choice([12, 16, 24]),
+        host_superlinear=rng.uniform(0, 0.25),
+        linear_s=rng.uniform(2e-3, 20e-3),
+        link_bandwidth=rng.uniform(12e9, 50e9),
+        noise=rng.uniform(0.01, 0.08),
+        outliers=rng.uniform(0, 0.04),
+        delay=rng.choice([0, 1, 2]),
+        device_half_bytes=rng.uniform(0, 16e6),
+        host_submit_s=rng.uniform(5e-6, 60e-6),
+    )
+    count = rng.choice([1, 1, 2, 4, 8, 16])
+    pages = {key: max(64, int(rng.uniform(256, 8192) / max(1, count / 2))) for key in range(count)}
+    budget = int(sum(pages.values()) * rng.choice([0.2, 0.6, 0.9, 1.2]))
+    held = {key: min(total, max(2, budget // count)) for key, total in pages.items()}
+    return Plant(replace(config, **changes), pages, held, budget, seed)
+
+
+def drive(plant: Plant, controller: FeedbackController, steps: int) -> Iterator[Decision]:
+    """Let the controller steer for so many steps; its decisions, as far as there are measurements."""
+    for _ in range(steps):
+        measurement = plant.step()
+        if measurement is not None:
+            decision = controller.decide(measurement)
+            plant.carry_out(decision)
+            yield decision
