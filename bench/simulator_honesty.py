@@ -9,11 +9,12 @@ instead of computing prompts, scaled so that logits have a standard deviation of
 The prediction is the simulator's, with the real scheduler, on what `engine/this_machine.py` measures before and
 after the configuration (plain reading, products, attention of one layer by the same policy; a machine that others
 use too is not the same a minute later), and on the fixed times of two tiny models. No configuration is used to
-calibrate.
+calibrate. A turn in which other processes took a tenth of the CPUs is made again, whatever came out.
 """
 
 import argparse
 import json
+import os
 import statistics
 import sys
 import tempfile
@@ -206,6 +207,58 @@ def predict(configuration: Configuration, shape: ModelShape, host: Machine, fact
     return simulate(model, workload, limits).step_p50_s
 
 
+class Others:
+    """How much of the CPUs other processes took since it was made: a turn that they disturbed says nothing."""
+
+    def __init__(self) -> None:
+        self._begin = self._now()
+
+    @staticmethod
+    def _now() -> tuple[float, float, float]:
+        fields = [int(field) for field in Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]]
+        idle = fields[3] + fields[4]
+        times = os.times()
+        own = (times.user + times.system) * os.sysconf("SC_CLK_TCK")
+        return float(sum(fields)), float(sum(fields) - idle), own
+
+    def share(self) -> float:
+        """Of all CPUs, 0 to 1."""
+        total, busy, own = (after - before for before, after in zip(self._begin, self._now(), strict=True))
+        return max(0.0, busy - own) / max(1.0, total)
+
+    @classmethod
+    def wait(cls, limit: float, seconds: float) -> None:
+        """Until they take no more than `limit`, or so long."""
+        end_s = time.monotonic() + seconds
+        while time.monotonic() < end_s:
+            others = cls()
+            time.sleep(0.5)
+            if others.share() <= limit:
+                return
+
+
+def judge_undisturbed(
+    configuration: Configuration,
+    folder: Path,
+    shape: ModelShape,
+    fixed: tuple[float, float, float],
+    options: argparse.Namespace,
+) -> dict[str, Any]:
+    """`judge`, again while others disturb it, whatever came out; the least disturbed attempt is kept."""
+    kept: dict[str, Any] | None = None
+    for attempt in range(options.attempts):
+        Others.wait(options.others, options.patience)
+        others = Others()
+        row = judge(configuration, folder, shape, fixed, options.seconds)
+        row |= {"others": round(others.share(), 3), "attempts": attempt + 1}
+        if kept is None or row["others"] < kept["others"]:
+            kept = row
+        if row["others"] <= options.others:
+            break
+    assert kept is not None
+    return kept
+
+
 def judge(
     configuration: Configuration,
     folder: Path,
@@ -258,12 +311,13 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         work_dir = Path(name)
         folder = write_config(work_dir / "llama-150m", CONFIG)
         shape = shape_of(spec_from_config(load_config(folder)), "llama-150m")
+        Others.wait(options.others, options.patience)
         fixed = fixed_times(work_dir)
         rows: list[dict[str, Any]] = []
         for configuration in CONFIGURATIONS:
             if options.only and configuration.policy not in options.only:
                 continue
-            row = judge(configuration, folder, shape, fixed, options.seconds)
+            row = judge_undisturbed(configuration, folder, shape, fixed, options)
             rows.append(row)
             print(f"{configuration.name}: {json.dumps(row)}", file=sys.stderr, flush=True)
     errors = [abs(row["error"]) for row in rows]
@@ -284,12 +338,12 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
 def table(results: Mapping[str, Any]) -> str:
     """As Markdown."""
     lines = [
-        "| policy | context | sequences | on the device | predicted, ms | measured, ms | error |",
-        "|---|--:|--:|--:|--:|--:|--:|",
+        "| policy | context | sequences | on the device | predicted, ms | measured, ms | error | others' CPU |",
+        "|---|--:|--:|--:|--:|--:|--:|--:|",
     ]
     lines += [
         f"| {row['policy']} | {row['context']:,} | {row['batch']} | {row['device_share']:.0%} "
-        f"| {row['predicted_ms']:.2f} | {row['measured_ms']:.2f} | {row['error']:+.0%} |"
+        f"| {row['predicted_ms']:.2f} | {row['measured_ms']:.2f} | {row['error']:+.0%} | {row['others']:.0%} |"
         for row in results["rows"]
     ]
     between = [abs(row["predictions_ms"][0] / row["predictions_ms"][1] - 1) for row in results["rows"]]
@@ -307,6 +361,21 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="where to keep the results")
     parser.add_argument(
         "--seconds", type=float, default=1.0, help="of each configuration (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--others",
+        type=float,
+        default=0.1,
+        help="share of the CPUs that others may take (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--patience", type=float, default=20.0, help="seconds to wait for them (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--attempts",
+        type=int,
+        default=3,
+        help="of each configuration, while disturbed (default: %(default)s)",
     )
     parser.add_argument("--only", nargs="*", help="policies (default: all)")
     options = parser.parse_args()

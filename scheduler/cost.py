@@ -236,6 +236,15 @@ def side_by_side(*parts: Part) -> Part:
     return Part(longest.seconds, longest.critical, _sum([part.busy for part in parts]))
 
 
+def interleaved(*parts: Part) -> Part:
+    """Work of many independent items, each of which does its parts in turn: as long as the busiest resource works."""
+    busy = _sum([part.busy for part in parts])
+    if not busy:
+        return Part()
+    longest = max(busy, key=lambda name: busy[name])
+    return Part(busy[longest], {longest: busy[longest]}, busy)
+
+
 def _sum(times: Sequence[Mapping[str, float]]) -> dict[str, float]:
     total: dict[str, float] = {}
     for one in times:
@@ -299,7 +308,7 @@ class StepCost:
     Attributes:
         total: the whole step.
         device_s: what goes on while the host attends, all layers.
-        host_s: the host's part, all layers.
+        host_s: the host's part as the device sees it, link and hand-over included, all layers.
         moved_s: that the step is longer for its moves.
         node_bytes: read by the host's threads, in the order of the machine's nodes.
         device_bytes: of KV, read by the device.
@@ -317,10 +326,11 @@ class StepCost:
 
 @dataclass(frozen=True, slots=True)
 class _HostAttention:
-    """The host's part of one layer: what it can do before the true query is there, and what not."""
+    """The host's part of one layer: what it can do before the true query is there, what not, and all of it."""
 
     early: Part
     late: Part
+    both: Part
     node_bytes: tuple[float, ...]
     to_host_bytes: float
     to_device_bytes: float
@@ -410,11 +420,14 @@ class CostModel:
         fixed = work(FIXED, self.factors.step_s + self.factors.sequence_s * load.num_decodes)
         total = in_turn(layer.times(layers), head, fixed)
         total, moved_s = self._with_moves(total, load.moved_bytes)
-        host_part = in_turn(host.early, host.late)
+        host_s = host.both.seconds
+        if self.machine.device is not None and self.system.attends_on_host and load.num_host_decodes:
+            link = self._link(host.to_host_bytes + host.to_device_bytes)
+            host_s += link.seconds + self.factors.handover_s
         return StepCost(
             total=total,
             device_s=device_s * layers,
-            host_s=host_part.seconds * layers,
+            host_s=host_s * layers,
             moved_s=moved_s,
             node_bytes=tuple(num_bytes * layers for num_bytes in host.node_bytes),
             device_bytes=load.device_tokens * self.shape.token_bytes * self.kv_share,
@@ -430,16 +443,16 @@ class CostModel:
         there, back = self._link(host.to_host_bytes), self._link(host.to_device_bytes)
         handover = work(FIXED, self.factors.handover_s)
         if not (load.layer_ahead and self.system.looks_ahead):
-            path = in_turn(there, handover, host.early, host.late, back)
+            path = in_turn(there, handover, host.both, back)
             return in_turn(linear, side_by_side(device, path)), device.seconds, host
         own = in_turn(linear, device)
         if self.system is not System.MASS:
             # Everything of the host's is about foretold queries: it goes on beside the whole layer.
-            pipeline = side_by_side(in_turn(host.early, host.late), in_turn(there, back))
+            pipeline = side_by_side(host.both, in_turn(there, back))
             return in_turn(side_by_side(own, pipeline), handover), own.seconds, host
         # The selection goes on beside the whole layer, what it selected is attended to with the true query.
         path = in_turn(there, handover, host.late.counted_elsewhere(), back)
-        layer = side_by_side(in_turn(host.early, host.late), in_turn(linear, side_by_side(device, path)))
+        layer = side_by_side(host.both, in_turn(linear, side_by_side(device, path)))
         return layer, own.seconds, host
 
     def _layer_on_cores(self, load: StepWork, linear: Part) -> tuple[Part, float, _HostAttention]:
@@ -453,7 +466,7 @@ class CostModel:
         handover = (
             work(FIXED, self.factors.handover_s) if load.num_host_decodes and load.device_tokens else Part()
         )
-        return in_turn(linear, device, host.early, host.late, handover), device.seconds, host
+        return in_turn(linear, device, host.both, handover), device.seconds, host
 
     def _fetching_layer(self, load: StepWork, linear: Part) -> tuple[Part, float, _HostAttention]:
         """The device attends to everything; what lies on the host is copied, a layer ahead."""
@@ -479,7 +492,7 @@ class CostModel:
         ]
         copies = side_by_side(self._link(fetched), *self._node_parts(nodes, 1.0))
         layer = side_by_side(copies, in_turn(linear, device))
-        return layer, device.seconds, _HostAttention(Part(), copies, tuple(nodes), 0.0, fetched)
+        return layer, device.seconds, _HostAttention(Part(), copies, copies, tuple(nodes), 0.0, fetched)
 
     # -- parts of a layer --
 
@@ -532,7 +545,10 @@ class CostModel:
                 # Values and logits of what each query head selected.
                 selected = scanned * factors.top_k_ratio * shape.num_heads
                 to_device = selected * (shape.head_dim * shape.kv_bytes + 4.0)
-        return _HostAttention(early, late, tuple(nodes), to_host, to_device)
+        # Sequences and KV heads are independent: while some scan one node, others gather from another. Where there
+        # is one node, every thread waits for it in either phase.
+        both = interleaved(early, late) if len(self.machine.nodes) > 1 else in_turn(early, late)
+        return _HostAttention(early, late, both, tuple(nodes), to_host, to_device)
 
     def _attend(self, num_tokens: float, nodes: Sequence[float], num_threads: int) -> Part:
         return self._on_cores(nodes, self.factors.scan_share, self._core_s(num_tokens, num_threads))

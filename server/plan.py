@@ -1,6 +1,7 @@
 """`hybridgen plan`: what a machine would do with a model and a load. Asks engine/planning.py; prints, draws."""
 
 import dataclasses
+import importlib
 import json
 import sys
 from collections.abc import Mapping, Sequence
@@ -202,13 +203,10 @@ def draw_sweep(
 
 def _pyplot() -> Any:
     try:
-        import matplotlib
+        importlib.import_module("matplotlib").use("Agg")  # no display
+        return importlib.import_module("matplotlib.pyplot")
     except ImportError as error:
         raise CannotPlan("plots need matplotlib: pip install 'hybridgen[plot]'") from error
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    return pyplot
 
 
 def _rows(made: Plan | CannotPlan) -> tuple[PlanRow, ...]:

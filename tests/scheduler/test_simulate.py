@@ -89,7 +89,7 @@ def test_an_exact_step_costs_what_is_added_up_by_hand() -> None:
     cost = tiny(System.EXACT).step(decode(device=100, short=200))
     assert cost.total.seconds == pytest.approx(2 * layer + head + fixed)
     assert cost.device_s == pytest.approx(2 * device)
-    assert cost.host_s == pytest.approx(2 * host)
+    assert cost.host_s == pytest.approx(2 * (there + handover + host + back))
     assert cost.node_bytes == (200 * 64,)
     assert cost.device_bytes == 100 * 64
 

@@ -1,7 +1,6 @@
-import builtins
 import json
+import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -67,14 +66,7 @@ def test_a_sweep_can_be_drawn(tmp_path: Path, capsys: pytest.CaptureFixture[str]
 def test_without_matplotlib_a_plot_is_refused_before_any_work(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    original = builtins.__import__
-
-    def refuse(name: str, *args: Any, **kwargs: Any) -> Any:
-        if name.startswith("matplotlib"):
-            raise ImportError(name)
-        return original(name, *args, **kwargs)
-
-    monkeypatch.setattr(builtins, "__import__", refuse)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
     assert main([*SMALL, "--sweep", "--plot", str(tmp_path / "sweep.png")]) == 1
     assert "pip install 'hybridgen[plot]'" in capsys.readouterr().err
 
