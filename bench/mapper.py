@@ -1,8 +1,8 @@
 """Where the mapper puts pages, against the rules that others use, simulated: `python -m bench.mapper`.
 
-Random machines, models and loads; every rule places the same pages, and a step takes as long as the slowest node needs for
-what is read of it, migrations included. No memory is read: the times are bytes / bandwidth. What a page is read is drawn
-here, and shown to the mapper only after the step, with noise.
+Random machines, models and loads; every rule places the same pages, and a step takes as long as the slowest node
+needs for what is read of it, migrations included. No memory is read: the times are bytes / bandwidth. What a page is
+read is drawn here, and shown to the mapper only after the step, with noise.
 """
 
 import argparse
@@ -71,8 +71,12 @@ class Load:
         return f"{self.policy}, {num_cxl} CXL, {'tight' if self.tight else 'loose'}"
 
 
-def draw(seed: int, *, max_pages: int) -> Load:
-    """A load of at most about `max_pages` host pages: contexts of 8k to 256k tokens, as many as fit."""
+def draw(seed: int, *, max_pages: int = 12_000, shrink_to: int | None = None) -> Load:
+    """A load of at most about `max_pages` host pages: contexts of 8k to 256k tokens, as many as fit.
+
+    `shrink_to` makes contexts, capacities and the budget of migrations smaller, for tests: the same loads with no
+    more pages.
+    """
     rng = np.random.default_rng(seed)
     policy = POLICIES[seed % len(POLICIES)]
     layers, heads = int(rng.choice([28, 32, 40, 64])), int(rng.choice([4, 8]))
@@ -94,6 +98,8 @@ def draw(seed: int, *, max_pages: int) -> Load:
             contexts = contexts or [max_pages]
             break
         contexts.append(pages)
+    shrink = 1.0 if shrink_to is None else max(1.0, sum(contexts) / shrink_to)
+    contexts = [int(pages / shrink) for pages in contexts]
     shared = int(rng.choice([0, 0, min(contexts) // 4]))
     total_bytes = sum(shape.role_bytes) * sum(contexts) * 1.1
     tight = bool(rng.random() < 0.5)
@@ -120,7 +126,7 @@ def draw(seed: int, *, max_pages: int) -> Load:
         zipf=float(rng.uniform(0.6, 1.3)),
         drift=float(rng.choice([0, 0.001, 0.01])),
         tight=tight,
-        budget=64 << 20,
+        budget=max(int((64 << 20) / shrink), 2 * half),  # a piece, and what it changes places with
     )
 
 

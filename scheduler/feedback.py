@@ -1,7 +1,7 @@
 """How much of each sequence the device keeps, so that device and host finish together. No clock, no tensors, no I/O.
 
-`FeedbackController.decide` takes what a step's clocks said and returns what the next steps are to do. It is a function of
-the measurements it was given: `replay` of a recorded list makes the same decisions again.
+`FeedbackController.decide` takes what a step's clocks said and returns what the next steps are to do. It is a
+function of the measurements it was given: `replay` of a recorded list makes the same decisions again.
 """
 
 import math
@@ -110,7 +110,8 @@ class Decision:
     There is no field by which less of the host's pages could be read: retained mass is the policy's promise.
 
     Attributes:
-        splits: (key, device pages to keep): what `Scheduler.set_split` takes. On the way to `device_share`, a few moves a step.
+        splits: (key, device pages to keep): what `Scheduler.set_split` takes. On the way to `device_share`, a few
+            moves a step.
         device_share: of all pages of the running sequences, that the device is to keep in the end.
         num_threads: of the pool.
         layer_ahead: whether the host is to look a layer ahead.
@@ -135,7 +136,8 @@ class FeedbackConfig:
     """What a controller knows beforehand.
 
     Attributes:
-        machine: gives the times until steps are measured. Without a device, its first node stands for the device's memory.
+        machine: gives the times until steps are measured. Without a device, its first node stands for the device's
+            memory.
         device_page_bytes: K and V of one page: what the device reads of it in a step, and what a move copies.
         host_page_read_bytes: that the host is expected to read of one of its pages in a step.
         num_device_pages: of the device tier: a hard bound for all sequences together.
@@ -175,6 +177,7 @@ _SHOCK = (
 _DISTURBED = 0.03  # of a step spent on moves: its times are those of a machine with less bandwidth
 _CHANGED_DISTURBED = 1.6  # and must be off by this much more before they count
 _MOVE_STEPS = 8  # in a row, after which they count all the same: what was before is too long ago
+_FAR = 4.0  # times the bytes that were measured: beyond, a fit is only a guess
 _EXCITED = 0.04  # relative spread of bytes from which on a fit believes its slope more than the one before
 _BAND = 0.015  # of a step's time, that another split must gain; doubled whenever the split turns round
 _FORGIVEN = 32  # steps at rest after which one turn is not counted any more
@@ -192,9 +195,9 @@ _LIMIT_STEPS = 16  # steps from one look at the admission limit to the next
 class _Side:
     """One processor's time as a function of the bytes it reads: a line through the last steps.
 
-    What does not depend on bytes (launches, submission) is part of the line: at `mean_bytes` bytes it takes `mean_s`, and
-    `proportional` of that is proportional to bytes. More than 1 is a side that gets slower with its load; then a power
-    stands for the line, which would end below zero.
+    What does not depend on bytes (launches, submission) is part of the line: at `mean_bytes` bytes it takes `mean_s`,
+    and `proportional` of that is proportional to bytes. More than 1 is a side that gets slower with its load; then a
+    power stands for the line, which would end below zero.
     """
 
     def __init__(self, seconds_per_byte: float) -> None:
@@ -202,7 +205,9 @@ class _Side:
         self._samples: deque[tuple[float, float, bool]] = deque(maxlen=_WINDOW)
         self._astray: deque[bool] = deque(maxlen=3)  # of the last steps that were far off the fit: too slow
         self._num_disturbed = 0  # last steps in a row
-        self._slowdown = 1.0  # of disturbed steps, by the first ones of every move, when the bytes are still the same
+        self._slowdown = (
+            1.0  # of disturbed steps, by the first ones of every move, when the bytes are still the same
+        )
         self.proportional = 0.85
         self.mean_bytes = 0.0
         self.mean_s = 0.0
@@ -223,9 +228,13 @@ class _Side:
         if not self.is_measured:
             return num_bytes * self._described
         ratio = num_bytes / self.mean_bytes
-        if self.proportional > 1:
+        if self.proportional > 1 and ratio <= _FAR:
             return self.mean_s * float(ratio**self.proportional)
-        return self.mean_s * (1 + self.proportional * (ratio - 1))
+        seconds = self.mean_s * (1 + self.proportional * (ratio - 1))
+        if ratio > _FAR:
+            # A few pages are all overhead, which says nothing of many; there the description is the better guess.
+            seconds = min(seconds, self.mean_s + 2 * (num_bytes - self.mean_bytes) * self._described)
+        return seconds
 
     def observe(self, num_bytes: float, seconds: float, *, disturbed: bool = False) -> bool:
         """Learn from a step; returns whether the machine has changed under the same load."""
@@ -321,7 +330,8 @@ class _Model:
 
     @property
     def hidden_s(self) -> float:
-        """Device work beside its part of attention, that the host's part goes on under; below 0: the host starts late."""
+        """Device work beside its part of attention, that the host's part goes on under; below 0: the host starts
+        late."""
         return median(self._hidden) if self._hidden else 0.0
 
     def observe(self, step: StepMeasurement) -> bool:
@@ -385,10 +395,10 @@ class FeedbackController:
     State: the model (two fits over the last steps), the share aimed at, each running sequence's pages on the way there,
     how often the split has turned round, the settings and the trial under way, the admission limit.
 
-    Why it does not oscillate: the share changes only where the model sees a gain of `_BAND` of the step, doubled each time
-    that the change is in the other direction than the last one, and halved after `_FORGIVEN` steps at rest. A gain is less
-    than a whole step, so however wrong the model is, there are at most seven turns, and one more every 32 steps, until
-    load or machine change and counting starts again.
+    Why it does not oscillate: the share changes only where the model sees a gain of `_BAND` of the step, doubled each
+    time that the change is in the other direction than the last one, and halved after `_FORGIVEN` steps at rest. A
+    gain is less than a whole step, so however wrong the model is, there are at most six turns, and one more every
+    32 steps, until load or machine change and counting starts again.
 
     Raises:
         ValueError: the configuration makes no sense; the message has the numbers.
@@ -495,7 +505,8 @@ class FeedbackController:
         elif self._trial is not None and settings == self._trial.settings:
             self._trial.model.observe(step)
         else:
-            # A step or two may have been under way when settings changed; more of them, and they are not ours to change.
+            # A step or two may have been under way when settings changed; more of them, and they are not ours to
+            # change.
             self._num_foreign += 1
             if self._num_foreign >= _MIN_SAMPLES or self._model.num_steps == 0:
                 self._settings, self._trial = settings, None
@@ -517,7 +528,7 @@ class FeedbackController:
         else:
             reason, text = self._aim(num_pages, lowest, highest, may_narrow=not is_low)
             self._try_settings(num_pages, lowest, highest, is_low=is_low)
-            if self._trial is not None and reason is Reason.BALANCED:
+            if self._trial is not None and reason in (Reason.BALANCED, Reason.DEVICE_FULL):
                 threads, ahead = self._trial.settings
                 reason = Reason.TRIAL
                 text = (
@@ -540,12 +551,12 @@ class FeedbackController:
         best = model.best(num_pages, lowest, highest)
         measured = self.config.mode is Mode.MEASURED and (model.device.is_measured or model.host.is_measured)
         band = _BAND if measured else _PREDICTED_BAND
+        if highest == num_pages and not model.host.is_measured:
+            # Without need the host is not asked: by description it must gain more than that may be wrong by.
+            alone_s = model.step_s(num_pages, num_pages)
+            best = num_pages if model.step_s(best, num_pages) > (1 - _PREDICTED_BAND) * alone_s else best
         if self._share is None:
-            # Without need the host is not asked: what the description says of it must gain more than it may be wrong by.
-            if highest == num_pages:
-                gain = 1 - model.step_s(best, num_pages) / model.step_s(num_pages, num_pages)
-                best = num_pages if gain < band else best
-            self._share = best / num_pages
+            self._share = sum(self._splits.values()) / num_pages
         aim = min(highest, max(lowest, round(self._share * num_pages)))
         if best < aim and not may_narrow:
             best = aim
@@ -559,6 +570,7 @@ class FeedbackController:
         if is_worth_it and not is_too_dear:
             self._share, self._num_turns, self._direction = best / num_pages, turns, direction
             self._steps_at_rest = 0
+            self._tried.clear()  # with more or fewer pages on the host its threads may matter more
             aim = best
         else:
             self._steps_at_rest += 1
@@ -697,7 +709,8 @@ class FeedbackController:
             lowest = min(highest, count * config.min_device_pages)
             best = model.best(num_pages, lowest, highest)
             device_s, host_s = model.sides(best, num_pages)
-            return model.step_s(best, num_pages), best < num_pages and host_s >= 0.9 * device_s
+            limits = model.host.is_measured and best < num_pages and host_s >= 0.9 * device_s
+            return model.step_s(best, num_pages), limits
 
         def objection(count: int) -> LimitReason:
             """Against running so many; only where the host is at work, and not ahead of the device."""

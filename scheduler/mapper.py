@@ -1,18 +1,19 @@
 """Which piece of a host page lies on which node, by how it is read. Plain counters, no KV.
 
 A step ends when the slowest node has been read, so the mapper minimises the maximum over nodes of bytes read a step /
-bandwidth, within capacities. It knows four roles, how much of each a step reads, and which pages are read more than others.
-That K lies in DRAM and V in CXL memory is a result where V is read sparsely, and stripes are one where it is not.
+bandwidth, within capacities. It knows four roles, how much of each a step reads, and which pages are read more than
+others. That K lies in DRAM and V in CXL memory is a result where V is read sparsely, and stripes are one where it is
+not.
 
 Two parts:
 
-- *Placing* goes by role. What present, new and coming pieces are read and hold, by role, is poured over the nodes: the slower ones
-  first, from what is read least for its bytes, until each has what it can read while the others read theirs. New pieces
-  take turns in these proportions.
+- *Placing* goes by role. What present, new and coming pieces are read and hold, by role, is poured over the nodes:
+  the slower ones first, from what is read least for its bytes, until each has what it can read while the others read
+  theirs. New pieces take turns in these proportions.
 - *Migrating* goes by piece, and by what was measured. While one node takes longer than all would if they shared the
-  work evenly, what is read most for its bytes leaves it for the one that is ready first; where that one is full, in exchange
-  for what is read least there. A move must save more in `horizon_steps` than copying costs. Every move lowers the longer
-  of two times without making the shorter the longer, so under the same reads there is an end to them.
+  work evenly, what is read most for its bytes leaves it for the one that is ready first; where that one is full, in
+  exchange for what is read least there. A move must save more in `horizon_steps` than copying costs. Every move
+  lowers the longer of two times without making the shorter the longer, so under the same reads there is an end to them.
 """
 
 from collections import deque
@@ -41,8 +42,8 @@ Floats = npt.NDArray[np.float64]
 def pour(sizes: Floats, loads: Floats, capacity: Floats, bandwidth: Floats) -> Floats:
     """Divide things with sizes and loads over nodes so that max(load / bandwidth) is least, within capacities.
 
-    Only sums over a node matter, so that each takes as much load and as much size as it can leaves the most to the others.
-    Slow nodes begin, with the least dense; so the densest end up on the fast ones.
+    Only sums over a node matter, so that each takes as much load and as much size as it can leaves the most to the
+    others. Slow nodes begin, with the least dense; so the densest end up on the fast ones.
 
     Args:
         sizes, loads: [things]; a thing can be divided.
@@ -322,7 +323,7 @@ class _Plan:
                 continue
             if change < least * copied:
                 break
-            for other in back:
+            for _ in back:
                 self._move(light.popleft(), ready, late, "read less than what it makes room for")
             self._move(piece, late, ready, "less to read on the slowest node")
             amount -= change

@@ -1,7 +1,8 @@
 """Where the four roles of host pages lie, and rules that say where they should. Plain counters, no KV.
 
 `Books` has what is true of every rule: which piece lies on which node, what each node holds and is asked to read.
-A *piece* is one role of one page. The rules here are those that others use; `mapper.py` has ours, with the same interface.
+A *piece* is one role of one page. The rules here are those that others use; `mapper.py` has ours, with the same
+interface.
 """
 
 from collections.abc import Sequence
@@ -38,9 +39,11 @@ class PageShape:
 
 @dataclass(frozen=True, slots=True)
 class ReadPattern:
-    """The share of each role's bytes that one reader of a page reads in a step, as long as the page has not been measured.
+    """The share of each role's bytes that one reader of a page reads in a step, as long as the page has not been
+    measured.
 
-    `exact`: (0, 0, 1, 1). `mass`: index 1, a few of the sums, the same small share of K and V. `hybridgen`: K 1, V sparse.
+    `exact`: (0, 0, 1, 1). `mass`: index 1, a few of the sums, the same small share of K and V. `hybridgen`: K 1, V
+    sparse.
     """
 
     index: float
@@ -211,8 +214,8 @@ class Books:
     def observe(self, reads: PageReads, weight: float) -> None:
         """Draw shares and hotness towards what a step read, by `weight` of the difference; a mean of the first few.
 
-        Pages whose shares were not measured, but whose mass was, are expected to be read in proportion to it: who selects
-        by mass reads more where there is more of it.
+        Pages whose shares were not measured, but whose mass was, are expected to be read in proportion to it: who
+        selects by mass reads more where there is more of it.
         """
         self.step += 1
         ids = reads.pages
@@ -283,6 +286,10 @@ class RuleBase:
         self, nodes: Sequence[MemoryNode], shape: PageShape, pattern: ReadPattern, num_pages: int
     ) -> None:
         self.books = Books(nodes, shape, pattern, num_pages)
+        # What is read most is seated first, should there be room for one piece only.
+        densest = sorted(range(len(ROLES)), key=lambda column: -pattern.shares[column])
+        self._columns = [column for column in densest if shape.role_bytes[column]]
+        self._capacity = [node.capacity_bytes for node in nodes]
 
     def place(
         self, pages: Sequence[int], *, readers: int = 1, coming: int = 0
@@ -309,16 +316,12 @@ class RuleBase:
     def _choose(self, readers: int) -> tuple[int, ...] | None:
         """Positions of the nodes for one page, -1 for roles without bytes; None: there is no room."""
         books = self.books
-        used = books.used.tolist()
-        capacity = books.capacity.tolist()
+        used: list[float] = books.used.tolist()
         positions = [-1] * len(ROLES)
-        # What is read most is seated first, should there be room for one piece only.
-        for column in np.argsort(-np.array(books.pattern.shares), kind="stable").tolist():
-            size = float(books.role_bytes[column])
-            if size == 0:
-                continue
+        for column in self._columns:
+            size = books.shape.role_bytes[column]
             for position in self._order(column, used):
-                if used[position] + size <= capacity[position]:
+                if used[position] + size <= self._capacity[position]:
                     positions[column] = position
                     used[position] += size
                     break

@@ -7,8 +7,9 @@ way, slow down with their load and while pages move, start late, and are sometim
 import math
 import random
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from hybridgen.scheduler.feedback import (
     Decision,
     FeedbackConfig,
     FeedbackController,
+    Reason,
     SequenceLoad,
     StepMeasurement,
 )
@@ -228,3 +230,94 @@ def drive(plant: Plant, controller: FeedbackController, steps: int) -> Iterator[
             decision = controller.decide(measurement)
             plant.carry_out(decision)
             yield decision
+
+
+def best_s(plant: Plant) -> float:
+    """The best fixed split's step, with all threads or with those chosen, whichever is better."""
+    chosen, results = plant.threads, []
+    for plant.threads in sorted({chosen, 16}):
+        results.append(plant.best_s())
+    plant.threads = chosen
+    return min(results)
+
+
+def balanced(seed: int, **changes: Any) -> Plant:
+    """Host and device are both worth something, and there is room for more on the device."""
+    config = PlantConfig(
+        page_bytes=2 << 20,
+        host_read_share=(0.1, 0.25, 0.5, 1.0)[seed % 4],
+        device_bandwidth=(3 + seed % 7) * 1e11,
+        host_bandwidth=(80 + 40 * (seed % 6)) * 1e9,
+        link_bandwidth=(25e9, 50e9)[seed % 2],
+        linear_s=4e-3 + 1e-3 * (seed % 10),
+        noise=0.04,
+        delay=seed % 3,
+    )
+    count = (1, 2, 4)[seed % 3]
+    pages = dict.fromkeys(range(count), (600 + 137 * (seed % 10)) // count)
+    budget = int(sum(pages.values()) * (0.7, 1, 5)[seed % 3])
+    held = {key: int(0.4 * total) for key, total in pages.items()}
+    return Plant(replace(config, **changes), pages, held, budget, seed)
+
+
+def scale(name: str, factor: float) -> Callable[[Plant], None]:
+    return lambda plant: plant.change(**{name: factor * getattr(plant.config, name)})
+
+
+def longer(plant: Plant) -> None:
+    plant.num_pages = {key: 4 * total for key, total in plant.num_pages.items()}
+
+
+def shorter(plant: Plant) -> None:
+    plant.num_pages = {key: total // 4 for key, total in plant.num_pages.items()}
+    plant.device_pages = {key: min(held, plant.num_pages[key]) for key, held in plant.device_pages.items()}
+
+
+FOURFOLD: dict[str, Callable[[Plant], None]] = {
+    "host slower": scale("host_bandwidth", 0.25),
+    "host faster": scale("host_bandwidth", 4),
+    "device slower": scale("device_bandwidth", 0.25),
+    "device faster": scale("device_bandwidth", 4),
+    "contexts longer": longer,
+    "contexts shorter": shorter,
+}
+
+
+def turns(decisions: Sequence[Decision]) -> int:
+    """How often the share was moved in the other direction than the last time."""
+    ways = [d.reason for d in decisions if d.reason in (Reason.HOST_SLOWER, Reason.DEVICE_SLOWER)]
+    return sum(one is not other for one, other in pairwise(ways))
+
+
+def settle(plant: Plant, change: Callable[[Plant], None]) -> int:
+    """Steps after a change until the plant is within 110 % of its best split for good; 41: not within 40."""
+    steering = controller(plant)
+    for _ in drive(plant, steering, 60):
+        pass
+    change(plant)
+    last = 0
+    for step in range(1, 41):
+        for _ in drive(plant, steering, 1):
+            pass
+        if plant.ideal_s(plant.on_device) > 1.1 * best_s(plant):
+            last = step + 1
+    return last
+
+
+def compare(plant: Plant) -> tuple[list[Decision], float]:
+    """180 steps: all decisions, and of the last 120 the time in multiples of the best fixed split's."""
+    steering = controller(plant)
+    decisions = list(drive(plant, steering, 60))
+    ours_s = best = 0.0
+    for _ in range(120):
+        decisions += drive(plant, steering, 1)
+        ours_s += plant.ideal_s(plant.on_device)
+        best += best_s(plant)
+    return decisions, ours_s / best
+
+
+def is_between(plant: Plant) -> bool:
+    """Whether the best split is better by 1 % than both the fewest and the most device pages."""
+    lowest, highest = 2 * len(plant.num_pages), min(plant.budget, plant.total)
+    ends = min(plant.ideal_s(lowest), plant.ideal_s(highest))
+    return plant.best_s() < 0.99 * ends
