@@ -58,6 +58,11 @@ class System(StrEnum):
         return self in (System.MASS, System.HYBRIDGEN, System.HYBRIDGEN_PUBLISHED)
 
     @property
+    def selects(self) -> bool:
+        """Whether the host reads less than everything of sequences that have enough there."""
+        return self.looks_ahead
+
+    @property
     def loses_quality(self) -> str:
         """In what way answers differ from exact attention's; empty: they do not."""
         return _LOSSES.get(self, "")

@@ -15,6 +15,8 @@ from collections import Counter, deque
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
+import numpy as np
+
 from hybridgen.scheduler.cost import Chunk, CostModel, StepCost, StepWork
 from hybridgen.scheduler.feedback import (
     Decision,
@@ -26,7 +28,7 @@ from hybridgen.scheduler.feedback import (
 )
 from hybridgen.scheduler.machine import MemoryNode, Role
 from hybridgen.scheduler.mapper import SemanticMapper
-from hybridgen.scheduler.placements import ROLES, Placement
+from hybridgen.scheduler.placements import ROLES, PageReads, Placement
 from hybridgen.scheduler.scheduler import NeverFits, Scheduler
 from hybridgen.scheduler.step import Step, StepSequence
 
@@ -459,7 +461,7 @@ class Simulation:
 
     def _observe(self, step: Step, work: StepWork, cost: StepCost) -> None:
         budget = self._limits.migration_share * sum(cost.node_bytes)
-        self._host.migrate(budget)
+        self._host.migrate(budget, self._requests.values(), self._num_device_pages)
         if self._controller is None:
             return
         loads = tuple(
@@ -547,7 +549,9 @@ class _HostPages:
         self._nodes = _free_nodes(model, limits)
         shape = model.page_shape(limits.page_size)
         self._role_bytes = shape.role_bytes
-        self._placement = placement or SemanticMapper(self._nodes, shape, model.pattern(), num_pages)
+        self._pattern = model.pattern()
+        self._min_pages = model.factors.scan_min_tokens / limits.page_size if model.system.selects else 0.0
+        self._placement = placement or SemanticMapper(self._nodes, shape, self._pattern, num_pages)
         self._places: dict[int, list[int]] = {}  # page -> position of the node of each role
         self._position = {node.id: place for place, node in enumerate(self._nodes)}
         self._counts = [[0] * len(self._nodes) for _ in ROLES]
@@ -597,12 +601,13 @@ class _HostPages:
             for counts, place in zip(self._counts, self._places.pop(page), strict=True):
                 counts[place] -= 1
 
-    def migrate(self, num_bytes: float) -> None:
-        """Let the mapper move up to so many bytes for this step. It is asked every few steps for as many together."""
+    def migrate(self, num_bytes: float, requests: Iterable[_Request], first: int) -> None:
+        """Every few steps: tell the mapper what was read, and let it move as many bytes as these steps have allowed."""
         self._num_steps += 1
         self._budget += num_bytes
         if self._num_steps % self.MIGRATION_INTERVAL or not self._places:
             return
+        self._observe(requests, first)
         migrations = self._placement.plan(int(self._budget))
         self._placement.apply(migrations)
         self._budget = 0.0
@@ -613,6 +618,25 @@ class _HostPages:
             counts[target] += 1
             places[column] = target
             self.migrated_bytes += self._role_bytes[column]
+
+    def _observe(self, requests: Iterable[_Request], first: int) -> None:
+        """Sequences with little on the host are read in full, whatever the policy would select of others."""
+        pages: list[int] = []
+        full: list[bool] = []
+        for request in requests:
+            own = [page - first for page in request.table if page - first in self._places]
+            pages += own
+            full += [len(own) < self._min_pages] * len(own)
+        if not any(full):
+            return  # as the pattern says
+        is_full = np.array(full)
+        self._placement.observe(
+            PageReads(
+                pages=np.array(pages, dtype=np.int64),
+                k_share=np.where(is_full, 1.0, self._pattern.k),
+                v_share=np.where(is_full, 1.0, self._pattern.v),
+            )
+        )
 
     def shares(self) -> dict[Role, tuple[float, ...]]:
         """Of each role, the share of its bytes on each node."""
