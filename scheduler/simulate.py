@@ -15,8 +15,6 @@ from collections import Counter, deque
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-import numpy as np
-
 from hybridgen.scheduler.cost import Chunk, CostModel, StepCost, StepWork
 from hybridgen.scheduler.feedback import (
     Decision,
@@ -310,9 +308,14 @@ class Simulation:
         """So many that no request ends before the last step to be measured, prompts of others included."""
         workload = self._workload
         assert workload.concurrency is not None
-        prompts = workload.concurrency * max(workload.contexts)
-        num_prompt_steps = workload.concurrency + 2 * -(-prompts // self._limits.max_num_batched_tokens)
-        return workload.warmup_steps + workload.num_steps + num_prompt_steps
+        return (
+            workload.warmup_steps + workload.num_steps + workload.concurrency + 2 * self._num_prompt_steps()
+        )
+
+    def _num_prompt_steps(self) -> int:
+        """That the first prompts of a closed loop take, in chunks as large as allowed."""
+        prompts = (self._workload.concurrency or 0) * max(self._workload.contexts)
+        return -(-prompts // self._limits.max_num_batched_tokens)
 
     # -- the loop --
 
@@ -320,7 +323,9 @@ class Simulation:
         workload, totals = self._workload, _Totals()
         closed = workload.concurrency is not None
         self._arrive_first()
-        num_decode_steps = 0
+        num_decode_steps = num_prompt_steps = 0
+        # Several times what the prompts take in whole chunks.
+        max_prompt_steps = 500 + 4 * self._num_prompt_steps() if closed else 0
         for _ in range(MAX_STEPS):
             self._admit()
             if not self._requests:
@@ -334,6 +339,13 @@ class Simulation:
             cost = self._model.step(work)
             self._clock += cost.total.seconds
             num_sampled = self._commit(step)
+            num_prompt_steps = num_prompt_steps + 1 if work.chunks else 0
+            if closed and num_prompt_steps > max_prompt_steps:
+                raise DoesNotFit(
+                    f"{self._model.shape.name} on {self._model.machine.name} by {self._model.system}: in"
+                    f" {num_prompt_steps:,} steps there was none without a prompt; {self._num_device_pages} device"
+                    f" pages are too few to compute those of {len(self._requests)} sequences in"
+                )
             if not work.chunks:
                 num_decode_steps += 1
             if not closed or num_decode_steps > workload.warmup_steps:
@@ -629,12 +641,11 @@ class _HostPages:
             full += [len(own) < self._min_pages] * len(own)
         if not any(full):
             return  # as the pattern says
-        is_full = np.array(full)
         self._placement.observe(
-            PageReads(
-                pages=np.array(pages, dtype=np.int64),
-                k_share=np.where(is_full, 1.0, self._pattern.k),
-                v_share=np.where(is_full, 1.0, self._pattern.v),
+            PageReads.of_shares(
+                pages,
+                [1.0 if whole else self._pattern.k for whole in full],
+                [1.0 if whole else self._pattern.v for whole in full],
             )
         )
 

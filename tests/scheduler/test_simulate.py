@@ -303,6 +303,14 @@ def test_a_sequence_that_can_never_fit_is_refused_with_the_numbers() -> None:
         run(System.DEVICE_ONLY, contexts=(200_000,), concurrency=1)
 
 
+def test_a_device_with_hardly_a_page_is_refused_rather_than_simulated_for_ever() -> None:
+    tight = replace(LLAMA, parameters=(27 << 30) // 2 + (650 << 19))
+    model = CostModel(llama(System.EXACT, name="rtx5090").machine, tight, CostFactors(), System.EXACT)
+    assert 0 < find_capacity(model, Limits()).num_device_pages < 100
+    with pytest.raises(DoesNotFit, match="device pages are too few to compute"):
+        simulate(model, Workload((8000,), concurrency=16, num_steps=16))
+
+
 def test_as_many_sequences_fit_as_pages_allow() -> None:
     model = llama(System.EXACT, name="rtx5090")
     capacity = find_capacity(model, Limits())
