@@ -7,7 +7,7 @@ configurations of policy, context, batch and device pages. Their pages are fille
 instead of computing prompts, scaled so that logits have a standard deviation of about 3: policies that select can.
 
 The prediction is the simulator's, with the real scheduler, on what `engine/this_machine.py` measures before and
-after the configuration (plain reading, products, attention of one layer by the same policy; a machine that others
+after the configuration (plain reading, products, attention by the same policy; a machine that others
 use too is not the same a minute later), and on the fixed times of two tiny models. No configuration is used to
 calibrate. A turn in which other processes took a tenth of the CPUs is made again, whatever came out.
 """
@@ -369,12 +369,12 @@ def main() -> None:
         help="share of the CPUs that others may take (default: %(default)s)",
     )
     parser.add_argument(
-        "--patience", type=float, default=20.0, help="seconds to wait for them (default: %(default)s)"
+        "--patience", type=float, default=10.0, help="seconds to wait for them (default: %(default)s)"
     )
     parser.add_argument(
         "--attempts",
         type=int,
-        default=3,
+        default=2,
         help="of each configuration, while disturbed (default: %(default)s)",
     )
     parser.add_argument("--only", nargs="*", help="policies (default: all)")

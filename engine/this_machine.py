@@ -14,7 +14,7 @@ from hybridgen.kernels.index import build_index
 from hybridgen.kernels.linear import Linear
 from hybridgen.kernels.policies.base import Policy
 from hybridgen.kernels.policies.hybridgen import HybridGenPolicy
-from hybridgen.kernels.policies.mass import MassPolicy
+from hybridgen.kernels.policies.mass import MIN_TOKENS, MassPolicy
 from hybridgen.kernels.pool import AttentionPool
 from hybridgen.scheduler.cost import CostFactors, ModelShape
 from hybridgen.scheduler.machine import Machine, MemoryNode, Tier
@@ -123,9 +123,9 @@ def _product_rates(
 ) -> tuple[float, float]:
     """Bytes of weights a second with one row, and operations a second with as many as a batch of decodes may have.
 
-    The matrices are as high as a layer's together and as wide as the model's.
+    The matrices are as wide as the model and a quarter of a layer each: a layer has four.
     """
-    outputs = min(1 << 15, max(64, shape.linear_parameters // shape.num_layers // shape.hidden_size))
+    outputs = min(1 << 15, max(64, shape.linear_parameters // shape.num_layers // shape.hidden_size // 4))
     num_layers = max(1, num_bytes // (2 * outputs * shape.hidden_size))
     layers = [Linear(torch.randn(outputs, shape.hidden_size).to(torch.bfloat16)) for _ in range(num_layers)]
     took: list[float] = []
@@ -151,24 +151,30 @@ def _with_attention(
     num_bytes: int,
     turn_s: float,
 ) -> CostFactors:
-    """The factors of attention to keys and values in memory, with the model's own heads."""
-    layout = KVLayout(1, shape.num_kv_heads, shape.head_dim, PAGE_SIZE, torch.bfloat16)
-    num_pages = -(-num_bytes // layout.page_bytes)
+    """The factors of attention in memory, with the model's own heads and layers: they decide where a layer's pages lie."""
+    layers = shape.num_layers
+    layout = KVLayout(layers, shape.num_kv_heads, shape.head_dim, PAGE_SIZE, torch.bfloat16)
+    num_pages = max(2 * MIN_TOKENS // PAGE_SIZE, -(-num_bytes // layout.page_bytes))
     num_tokens = num_pages * PAGE_SIZE
     bandwidth = machine.nodes[0].read_bandwidth
     half = num_pages * layout.page_bytes / 2
-    flops = 16 * shape.num_kv_heads * shape.head_dim * num_tokens
+    flops = 16 * layers * shape.num_kv_heads * shape.head_dim * num_tokens
     fixed = factors.core_fixed_share
     core_s = flops / (machine.num_cores * machine.core_flops) * (fixed + (1 - fixed) * shape.group / 4)
     pages = _random_pages(layout, num_pages, key_scale, with_index=pool if "mass" in policies else None)
     step = _step(pool, pages, num_tokens, shape.group)
     q = torch.randn(1, shape.num_heads, shape.head_dim).to(layout.dtype)
     out = torch.empty_like(q)
-    took = _typical(lambda: step.attend(0, q, out=out), turn_s)
+
+    def attend() -> None:
+        for layer in range(layers):
+            step.attend(layer, q, out=out)
+
+    took = _typical(attend, turn_s)
     factors = replace(factors, scan_share=2 * half / took / bandwidth)
     if "mass" in policies:
-        scan_s, _ = _policy_seconds(MassPolicy(1, mass=0.02), step, q, turn_s)
-        whole = MassPolicy(1)
+        scan_s, _ = _policy_seconds(MassPolicy(layers, mass=0.02), step, q, turn_s)
+        whole = MassPolicy(layers)
         whole_s, selected = _policy_seconds(whole, step, q, turn_s)
         gather_s = max(1e-9, whole_s - scan_s)
         factors = replace(
@@ -178,7 +184,9 @@ def _with_attention(
             gather_share=selected * 2 * half / gather_s / bandwidth,
         )
     if "hybridgen" in policies:
-        took, _ = _policy_seconds(HybridGenPolicy(1, ratio=factors.top_k_ratio, adapt=False), step, q, turn_s)
+        took, _ = _policy_seconds(
+            HybridGenPolicy(layers, ratio=factors.top_k_ratio, adapt=False), step, q, turn_s
+        )
         union = min(1.0, shape.group * factors.top_k_ratio)
         gather_s = half * union / (bandwidth * factors.gather_share)
         # Whatever is not gathering values counts as scoring and ranking.
@@ -189,16 +197,18 @@ def _with_attention(
 def _policy_seconds(
     policy: Policy, step: AttentionStep, q: torch.Tensor, turn_s: float
 ) -> tuple[float, float]:
-    """Of one layer; and the share of the tokens whose values it read."""
+    """Of all layers; and the share of the tokens whose values it read."""
+    layers = step.pages.layout.num_layers
 
     def attend() -> None:
-        policy.submit(step, 0, q).wait()
+        for layer in range(layers):
+            policy.submit(step, layer, q).wait()
         policy.end_step()
 
     took = _typical(attend, turn_s)
     assert isinstance(policy, MassPolicy | HybridGenPolicy)
-    (layer,) = policy.stats()
-    return took, layer.attended / max(1, layer.scanned)
+    stats = policy.stats()
+    return took, sum(layer.attended for layer in stats) / max(1, sum(layer.scanned for layer in stats))
 
 
 def _random_pages(
