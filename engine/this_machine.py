@@ -151,7 +151,7 @@ def _with_attention(
     num_bytes: int,
     turn_s: float,
 ) -> CostFactors:
-    """The factors of attention in memory, with the model's own heads and layers: they decide where a layer's pages lie."""
+    """The factors of attention in memory, with the heads and layers of the model: pages lie as they decide."""
     layers = shape.num_layers
     layout = KVLayout(layers, shape.num_kv_heads, shape.head_dim, PAGE_SIZE, torch.bfloat16)
     num_pages = max(2 * MIN_TOKENS // PAGE_SIZE, -(-num_bytes // layout.page_bytes))
