@@ -228,7 +228,6 @@ class Books:
         ids = reads.pages
         if not len(ids):
             return
-        self._count(ids, -1.0)
         self.read_at[ids] = self.step
         self.num_observed[ids] += 1
         weights = np.maximum(weight, 1 / self.num_observed[ids])
@@ -242,8 +241,11 @@ class Books:
                 mean = max(float(self.hotness[ids].mean()), 1e-12)
                 share = np.minimum(1.0, self.pattern.shares[column] * self.hotness[ids] / mean)
             if share is not None:
-                self.share[ids, column] += weights * (share - self.share[ids, column])
-        self._count(ids, 1.0)
+                change = weights * (share - self.share[ids, column])
+                self.share[ids, column] += change
+                loads = self.role_bytes[column] * change * self.readers[ids]
+                where = np.maximum(0, self.node_of[ids, column])  # without bytes it is no load anywhere
+                self.loads += np.bincount(where, loads, minlength=len(self.nodes))
 
     def move(self, page: int, role: Role, source: int, target: int) -> None:
         """Write down a migration between nodes with these ids."""
