@@ -237,7 +237,8 @@ def draw(results: Mapping[str, Any], path: Path) -> None:
         panel.set_yscale("log")
         panel.set_title(title)
     panels[0].set_ylabel("times as fast, simulated")
-    panels[1].legend(fontsize="small")
+    panels[1].set_ylim(top=30)  # room for the legend
+    panels[1].legend(fontsize="small", loc="upper right")
     figure.suptitle("Simulated: tokens a second over each baseline's, geometric mean over cells")
     figure.tight_layout()
     figure.savefig(path, dpi=110)
