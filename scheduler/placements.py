@@ -72,6 +72,13 @@ class PageReads:
     v_share: npt.NDArray[np.float64] | None = None
     mass: npt.NDArray[np.float64] | None = None
 
+    @classmethod
+    def of_shares(
+        cls, pages: Sequence[int], k_share: Sequence[float], v_share: Sequence[float]
+    ) -> "PageReads":
+        """From plain numbers, one of each a page."""
+        return cls(np.array(pages, np.int64), np.array(k_share, np.float64), np.array(v_share, np.float64))
+
 
 @dataclass(frozen=True, slots=True)
 class Migration:

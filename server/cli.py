@@ -158,7 +158,104 @@ def _parser() -> argparse.ArgumentParser:
         "--save-result", metavar="FILE", help="write figures, settings and every measurement as JSON"
     )
     load.set_defaults(run=_bench_serve)
+    _add_plan(commands)
     return parser
+
+
+def _add_plan(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    plan = commands.add_parser(
+        "plan",
+        help="predict what a machine does with a model and a load",
+        description="Simulate how MODEL would be served: step time, tokens a second, where KV lies, how many "
+        "sequences fit, and what limits it; by every policy, and by other systems' ways for comparison.",
+        allow_abbrev=False,
+    )
+    plan.add_argument(
+        "model",
+        nargs="?",
+        default="llama-3.1-8b",
+        metavar="MODEL",
+        help="preset, folder, or Hugging Face id, of which config.json alone is read (default: %(default)s)",
+    )
+    plan.add_argument(
+        "--machine",
+        default="this",
+        metavar="NAME",
+        help="a description that comes with HybridGen, the path of one (TOML), or `this`, which is measured "
+        "(default: %(default)s)",
+    )
+    plan.add_argument(
+        "--cxl", type=int, default=0, metavar="N", help="CXL expanders to add (default: %(default)s)"
+    )
+    plan.add_argument(
+        "--context",
+        default="32K",
+        metavar="LENGTHS",
+        help="of prompts, in tokens: 32K; or several, of which each request draws one: 3*8K,128K "
+        "(default: %(default)s)",
+    )
+    plan.add_argument(
+        "--output-len",
+        type=_positive,
+        default=256,
+        metavar="N",
+        help="tokens to generate, with --rate (default: %(default)s)",
+    )
+    load = plan.add_mutually_exclusive_group()
+    load.add_argument(
+        "--concurrency",
+        type=_positive,
+        default=8,
+        metavar="N",
+        help="requests at a time (default: %(default)s)",
+    )
+    load.add_argument(
+        "--rate", type=_positive_float, metavar="R", help="requests that arrive per second, at random moments"
+    )
+    plan.add_argument(
+        "--policy",
+        default="all",
+        metavar="NAMES",
+        help="all, ours, or names with commas between them (default: %(default)s)",
+    )
+    plan.add_argument(
+        "--seed", type=int, default=0, metavar="N", help="of lengths and arrivals (default: %(default)s)"
+    )
+    plan.add_argument("--json", action="store_true", help="print everything as JSON")
+    plan.add_argument(
+        "--sweep",
+        action="store_true",
+        help="for contexts of 8K to 128K, or those of --context if several, and 0, 1, 4 and 8 expanders",
+    )
+    plan.add_argument("--plot", metavar="FILE", help="with --sweep: draw it as PNG")
+    plan.set_defaults(run=_plan)
+
+
+def _plan(arguments: argparse.Namespace) -> int:
+    from pathlib import Path
+
+    from hybridgen.engine.planning import PlanRequest
+    from hybridgen.server.plan import parse_contexts, parse_policies, plan
+
+    if arguments.plot and not arguments.sweep:
+        return _refuse("plan", ValueError("--plot draws a sweep: add --sweep"), 2)
+    try:
+        contexts, systems = parse_contexts(arguments.context), parse_policies(arguments.policy)
+    except ValueError as error:
+        return _refuse("plan", error, 2)
+    request = PlanRequest(
+        model=arguments.model,
+        machine=arguments.machine,
+        contexts=contexts,
+        num_cxl=arguments.cxl,
+        concurrency=None if arguments.rate else arguments.concurrency,
+        rate=arguments.rate,
+        output_tokens=arguments.output_len,
+        systems=systems,
+        seed=arguments.seed,
+    )
+    plot = Path(arguments.plot) if arguments.plot else None
+    return plan(request, as_json=arguments.json, with_sweep=arguments.sweep, plot=plot)
 
 
 def _serve(arguments: argparse.Namespace) -> int:
