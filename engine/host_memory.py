@@ -312,10 +312,16 @@ class HostMemory:
         """The node whose memory it is made of: its own, unless it is emulated."""
         return self._home if node >= FIRST_EMULATED_ID else node
 
-    def begin_step(self, tables: Sequence[Sequence[int]]) -> None:
-        """A step reads these sequences' host pages."""
+    @property
+    def wants_reads(self) -> bool:
+        """Whether anybody looks at what `begin_step` is told."""
+        return self._rule is not None or self.memory.has_heat
+
+    def begin_step(self, tables: Sequence[Sequence[int] | npt.NDArray[np.int64]]) -> None:
+        """A step reads these host pages; one that several sequences hold is named several times."""
         for pages in tables:
-            np.add.at(self._num_reads, np.asarray(pages, dtype=np.int64), 1)
+            ids = np.asarray(pages, dtype=np.int64)
+            self._num_reads += np.bincount(ids, minlength=self.memory.num_pages)
 
     def end_step(self) -> NodeReads:
         """Learn from the step's reads; begin migrations that are worth it. Returns what the step read of each node."""

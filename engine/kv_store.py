@@ -5,6 +5,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -89,13 +91,6 @@ class KVStore:
                 written += item.block_table[first : -(-item.end // page_size)]
             self.host.prepare(written)
         self.clocks.moved_s = time.perf_counter() - begin_s if step.moves else 0.0
-        self.host.begin_step(
-            [
-                [page - num_device for page in item.block_table if page >= num_device]
-                for item in step.sequences
-                if item.num_device_pages < len(item.block_table)
-            ]
-        )
 
     def carry_out(self, moves: Sequence[PageMove]) -> None:
         """Copy pages from tier to tier, as if one after the other."""
@@ -127,6 +122,8 @@ class KVStore:
     def attention(self, batch: Batch) -> "StepAttention":
         """The attention of one step, for `Decoder.forward`."""
         num_device = self._device.num_pages
+        if batch.has_host_pages and self.host.wants_reads:
+            self.host.begin_step([self._host_pages(batch)])
         device_pool = self._device_pool or self._pool
         device = self._step(batch, self._device, 0, device_pool) if batch.has_device_pages else None
         host = self._step(batch, self._host, num_device, self._pool) if batch.has_host_pages else None
@@ -138,6 +135,15 @@ class KVStore:
             clocks=None if self._device_pool is None else self.clocks,
             looks_ahead=self.looks_ahead,
         )
+
+    def _host_pages(self, batch: Batch) -> npt.NDArray[np.int64]:
+        """Host pages of the step's sequences, counted from 0; one that several of them hold, several times."""
+        table = batch.block_table.numpy()
+        num_pages = -(-batch.kv_len.numpy() // self._host.layout.page_size)
+        pages = (
+            table[np.arange(table.shape[1]) < num_pages[:, None]].astype(np.int64) - self._device.num_pages
+        )
+        return pages[pages >= 0]
 
     def end_step(self) -> NodeReads:
         """The forward pass is over: let go of what was kept for it, and note what it retained.
