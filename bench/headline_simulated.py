@@ -259,7 +259,9 @@ def main() -> None:
     parser.add_argument("--models", nargs="*", default=preset_names(), help="presets (default: all)")
     options = parser.parse_args()
     results = run(options.models)
-    options.json.write_text(json.dumps(results, indent=1) + "\n")
+    cells = ",\n".join(json.dumps(row) for row in results["cells"])  # a line each: there are many
+    rest = json.dumps({name: value for name, value in results.items() if name != "cells"}, indent=1)
+    options.json.write_text(f'{rest[:-2]},\n "cells": [\n{cells}\n]\n}}\n')
     plot = options.docs.with_suffix(".png")
     draw(results, plot)
     options.docs.write_text(document(results, plot.name))
