@@ -190,6 +190,7 @@ _TRIAL_LOSS = 1.15  # of the predicted step, for the trial to end early
 _MARGINAL = 0.1  # of an average sequence's throughput, that one more has to bring
 _STALE = 200  # steps without host pages, after which the host is judged by the description again
 _MOST_STALE = 3200  # the same where it has lost again and again
+_FIT_STEPS = 4  # steps from one line to the next, while they lie on it: a fit costs a tenth of a millisecond
 _LIMIT_STEPS = 16  # steps from one look at the admission limit to the next
 
 
@@ -206,6 +207,7 @@ class _Side:
         self._samples: deque[tuple[float, float, bool]] = deque(maxlen=_WINDOW)
         self._astray: deque[bool] = deque(maxlen=3)  # of the last steps that were far off the fit: too slow
         self._num_disturbed = 0  # last steps in a row
+        self._num_unfitted = 0  # steps since the line was drawn
         self._slowdown = (
             1.0  # of disturbed steps, by the first ones of every move, when the bytes are still the same
         )
@@ -271,8 +273,11 @@ class _Side:
             last = [self._samples.pop() for _ in range(3)]
             self.forget()
             self._samples.extend(reversed(last))
-        if self.is_measured:
+        self._num_unfitted += 1
+        is_settled = len(self._samples) == _WINDOW and not self._astray and not disturbed
+        if self.is_measured and not (is_settled and self._num_unfitted < _FIT_STEPS):
             self._fit()
+            self._num_unfitted = 0
         return shocked
 
     def _fit(self) -> None:
