@@ -11,6 +11,7 @@ Scripts of this folder named guest_*.py run in order; the exit status is 0 if al
 """
 
 import argparse
+import compileall
 import gzip
 import lzma
 import os
@@ -162,6 +163,8 @@ def _fill(tree: Path, scripts: Iterable[Path]) -> None:
         _copy(file, home / "hybridgen" / file.name)
     for file in home.glob("_*editable*"):
         file.unlink()
+    # Compiling takes the emulated processor seconds, in every process.
+    compileall.compile_dir(home / "hybridgen", quiet=1, stripdir=str(tree))
     for script in {*scripts, *FOLDER.glob("*.py")}:
         _copy(script, tree / "tests" / script.name)
     for name in ("proc", "sys", "dev", "tmp", "root", "run", "etc", "sbin"):

@@ -1,10 +1,13 @@
 """In the guest: the daemon answers, its KV pages lie where its rule says, and the answer is that of one node.
 
-Where pages lie is asked of the kernel from outside of the daemon, by the engine's process id: of each page by
-move_pages(2), and of whole arenas by numa_maps.
+Where pages lie is asked of the kernel from outside, by process id: of each page by move_pages(2), and of whole arenas
+by numa_maps. Everything that is started here takes a while to import, since the processor is emulated: so there is one
+daemon, and the engines to compare it with are built in this process while it starts.
 """
 
+import contextlib
 import ctypes
+import io
 import json
 import os
 import re
@@ -14,8 +17,7 @@ import threading
 import time
 import urllib.request
 from collections import Counter
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,14 +27,13 @@ from machine import NODES
 
 DRAM = {node.id for node in NODES if node.has_cpu}
 CPU_LESS = {node.id for node in NODES} - DRAM
-NUM_PAGES = 128
+NUM_PAGES = 96
 SYSTEM_PAGE = 4096
 MOVE_PAGES = 279  # the system call's number on x86-64
 ARENA = re.compile(
     r"host (\w+): (\d+) pieces of \d+ bytes, (\d+) bytes apart, from address (0x\w+) on: see /proc/(\d+)/"
 )
 
-NUM_TOKENS = 40
 CITIES = (
     "Paris",
     "Rome",
@@ -59,59 +60,140 @@ def prompt(*cities: str) -> str:
 
 
 SHORT, OTHER, LONG = (
-    prompt(*CITIES[:4]),
-    prompt(*CITIES[4:8]),
+    prompt(*CITIES[:3]),
+    prompt(*CITIES[3:6]),
     prompt(*CITIES),
 )  # of the long one `mass` reads a part
 
 
 class Pieces(NamedTuple):
-    """A role's arena, as the engine's log describes it."""
+    """A role's arena."""
 
     num_pages: int
     stride_bytes: int
     address: int
 
 
+class Answer(NamedTuple):
+    tokens: list[str]
+    logprobs: list[float]
+    num_prompt_tokens: int
+
+
+def difference(one: Answer, other: Answer) -> str:
+    """The largest of the log-probabilities, of answers whose tokens are equal."""
+    assert one.tokens == other.tokens, (one.tokens, other.tokens)
+    return f"{max(abs(a - b) for a, b in zip(one.logprobs, other.logprobs, strict=True)):.1e}"
+
+
+def nodes_by_move_pages(pid: int, pieces: Pieces) -> list[set[int]]:
+    """The nodes of each page's piece; none where it was never written."""
+    count = pieces.num_pages * pieces.stride_bytes // SYSTEM_PAGE
+    addresses = (ctypes.c_uint64 * count)(*(pieces.address + i * SYSTEM_PAGE for i in range(count)))
+    status = (ctypes.c_int * count)()
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.syscall.argtypes = [ctypes.c_long] * 3 + [ctypes.c_void_p] * 3 + [ctypes.c_long]
+    error = libc.syscall(MOVE_PAGES, pid, count, addresses, None, status, 0)
+    assert error == 0, os.strerror(ctypes.get_errno())
+    each = pieces.stride_bytes // SYSTEM_PAGE
+    return [
+        {node for node in status[page * each : (page + 1) * each] if node >= 0}
+        for page in range(pieces.num_pages)
+    ]
+
+
+def kibibytes_by_numa_maps(pid: int, pieces: Pieces) -> dict[int, int]:
+    """Of the whole arena, by node."""
+    end = pieces.address + pieces.num_pages * pieces.stride_bytes
+    totals: Counter[int] = Counter()
+    for line in Path(f"/proc/{pid}/numa_maps").read_text().splitlines():
+        if pieces.address <= int(line.split()[0], 16) < end:
+            size = int((re.search(r"kernelpagesize_kB=(\d+)", line) or ["", "4"])[1])
+            for node, pages in re.findall(r"\bN(\d+)=(\d+)", line):
+                totals[int(node)] += int(pages) * size
+    return dict(sorted(totals.items()))
+
+
+def verify(
+    pid: int, arenas: Mapping[str, Pieces], explain: Callable[[int | None], Sequence[str]]
+) -> dict[str, dict[int, int]]:
+    """Compare what is said of each page that holds KV with what the kernel says; pieces by role and node."""
+    num_placed = sum(int(count) for line in explain(None) for count in re.findall(r"(\d+) k\b", line))
+    said: dict[int, dict[str, int]] = {}
+    for page in range(NUM_PAGES):
+        if len(said) == num_placed:
+            break
+        lines = explain(page)
+        places = [re.match(r"  (index|v_sums|k|v): \D+(\d+)", line) for line in lines]
+        roles = {match[1]: int(match[2]) for match in places if match}
+        assert bool(roles) != lines[0].endswith("is free"), lines
+        if roles:
+            assert set(roles) == set(arenas), lines
+            said[page] = roles
+    assert len(said) == num_placed > 0
+    counts: dict[str, dict[int, int]] = {}
+    for role, pieces in arenas.items():
+        true = nodes_by_move_pages(pid, pieces)
+        wrong = {
+            page: (true[page], roles[role]) for page, roles in said.items() if true[page] != {roles[role]}
+        }
+        assert not wrong, f"{role}: by page, the kernel's word and ours: {wrong}"
+        counts[role] = dict(sorted(Counter(roles[role] for roles in said.values()).items()))
+        kibibytes = {node: count * pieces.stride_bytes // 1024 for node, count in counts[role].items()}
+        found = kibibytes_by_numa_maps(pid, pieces)
+        assert found == kibibytes, (role, found, kibibytes)
+    return counts
+
+
 class Daemon:
-    """`hybridgen serve` with the embedded model, and the log of it."""
+    """`hybridgen serve` with the embedded model, and what it logs."""
 
     def __init__(self, *arguments: str) -> None:
-        begin = time.monotonic()
+        self._begin = time.monotonic()
         command = [sys.executable, "-m", "hybridgen", "serve", "--port", "0", "--log-level", "debug"]
-        command += ["--kv-cache-memory-bytes", "16MiB", "--host-pages", str(NUM_PAGES), "--max-num-seqs", "4"]
-        self.process = subprocess.Popen(
-            [*command, *arguments], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-        )
+        command += ["--host-pages", str(NUM_PAGES), "--max-num-seqs", "4", *arguments]
+        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         self.log: list[str] = []
-        self.pieces: dict[str, Pieces] = {}
+        self.arenas: dict[str, Pieces] = {}
         self.engine_pid = 0
         self.url = ""
+        self.ready_s = 0.0
+        self._ready = threading.Event()
+        threading.Thread(target=self._read, daemon=True).start()
+
+    def _read(self) -> None:
         assert self.process.stdout is not None
         for line in self.process.stdout:
             self.log.append(line)
             if match := ARENA.search(line):
-                self.pieces[match[1]] = Pieces(int(match[2]), int(match[3]), int(match[4], 16))
+                self.arenas[match[1]] = Pieces(int(match[2]), int(match[3]), int(match[4], 16))
                 self.engine_pid = int(match[5])
-            if match := re.search(r" at (http:\S+)", line):
+            if not self.url and (match := re.search(r" at (http:\S+)", line)):
                 self.url = match[1]
-                break
-        assert self.url, "".join(self.log)
-        self.ready_s = time.monotonic() - begin
-        self._reader = threading.Thread(
-            target=lambda: self.log.extend(self.process.stdout or ()), daemon=True
-        )
-        self._reader.start()
+                self.ready_s = time.monotonic() - self._begin
+                self._ready.set()
+        self._ready.set()
+
+    def wait(self) -> None:
+        """Until it takes requests."""
+        self._ready.wait()
+        assert self.url, "it ended before it was ready"
 
     def get(self, path: str) -> str:
         with urllib.request.urlopen(self.url + path, timeout=120) as response:
             text: str = response.read().decode()
         return text
 
-    def complete(self, prompt: str, max_tokens: int) -> dict[str, Any]:
+    def explain(self, page: int | None) -> list[str]:
+        lines: list[str] = json.loads(self.get("/placement" if page is None else f"/placement?page={page}"))[
+            "lines"
+        ]
+        return lines
+
+    def answer(self, prompt: str, num_tokens: int) -> Answer:
         body = {
             "prompt": prompt,
-            "max_tokens": max_tokens,
+            "max_tokens": num_tokens,
             "temperature": 0,
             "ignore_eos": True,
             "logprobs": 1,
@@ -121,70 +203,11 @@ class Daemon:
         )
         with urllib.request.urlopen(request, timeout=200) as response:
             answer: dict[str, Any] = json.load(response)
-        assert answer["usage"]["completion_tokens"] == max_tokens, answer
-        return answer
-
-    def said(self) -> dict[int, dict[str, int]]:
-        """What the daemon says of each page that holds KV: role to node."""
-        found: dict[int, dict[str, int]] = {}
-        for page in range(NUM_PAGES):
-            lines = json.loads(self.get(f"/placement?page={page}"))["lines"]
-            places = [re.match(r"  (index|v_sums|k|v): \D+(\d+)", line) for line in lines]
-            roles = {match[1]: int(match[2]) for match in places if match}
-            assert bool(roles) != lines[0].endswith("is free"), lines
-            if roles:
-                found[page] = roles
-        return found
-
-    def true(self, role: str) -> list[set[int]]:
-        """The nodes of each page's piece, by move_pages(2); none where it was never written."""
-        pieces = self.pieces[role]
-        count = pieces.num_pages * pieces.stride_bytes // SYSTEM_PAGE
-        addresses = (ctypes.c_uint64 * count)(*(pieces.address + i * SYSTEM_PAGE for i in range(count)))
-        status = (ctypes.c_int * count)()
-        libc = ctypes.CDLL(None, use_errno=True)
-        libc.syscall.argtypes = [ctypes.c_long] * 3 + [ctypes.c_void_p] * 3 + [ctypes.c_long]
-        assert libc.syscall(MOVE_PAGES, self.engine_pid, count, addresses, None, status, 0) == 0, os.strerror(
-            ctypes.get_errno()
-        )
-        each = pieces.stride_bytes // SYSTEM_PAGE
-        return [
-            {node for node in status[page * each : (page + 1) * each] if node >= 0}
-            for page in range(pieces.num_pages)
-        ]
-
-    def mapped(self, role: str) -> dict[int, int]:
-        """KiB of the role's arena by node, as numa_maps counts them."""
-        pieces = self.pieces[role]
-        end = pieces.address + pieces.num_pages * pieces.stride_bytes
-        totals: Counter[int] = Counter()
-        for line in Path(f"/proc/{self.engine_pid}/numa_maps").read_text().splitlines():
-            if pieces.address <= int(line.split()[0], 16) < end:
-                size = int((re.search(r"kernelpagesize_kB=(\d+)", line) or ["", "4"])[1])
-                for node, pages in re.findall(r"\bN(\d+)=(\d+)", line):
-                    totals[int(node)] += int(pages) * size
-        return dict(sorted(totals.items()))
-
-    def verify(self) -> dict[str, dict[int, int]]:
-        """Compare what the daemon says with what the kernel says; pieces by role and node."""
-        said = self.said()
-        counts: dict[str, dict[int, int]] = {}
-        for role, pieces in self.pieces.items():
-            true = self.true(role)
-            wrong = {p: (true[p], roles[role]) for p, roles in said.items() if true[p] != {roles[role]}}
-            assert not wrong, f"{role}: by page, the kernel's word and the daemon's: {wrong}"
-            counts[role] = dict(sorted(Counter(roles[role] for roles in said.values()).items()))
-            kibibytes = {node: count * pieces.stride_bytes // 1024 for node, count in counts[role].items()}
-            assert self.mapped(role) == kibibytes, (role, self.mapped(role), kibibytes)
-        return counts
-
-    def metric(self, name: str) -> float:
-        """The sum over its labels; 0 where there is none."""
-        values = re.findall(rf"^{re.escape(name)}(?:{{.*}})? (\S+)$", self.get("/metrics"), re.MULTILINE)
-        return sum(map(float, values))
+        logprobs = answer["choices"][0]["logprobs"]
+        return Answer(logprobs["tokens"], logprobs["token_logprobs"], answer["usage"]["prompt_tokens"])
 
 
-@contextmanager
+@contextlib.contextmanager
 def daemon(*arguments: str) -> Iterator[Daemon]:
     server = Daemon(*arguments)
     try:
@@ -198,50 +221,41 @@ def daemon(*arguments: str) -> Iterator[Daemon]:
     assert status == 0, "".join(server.log[-60:])
 
 
-class Answer(NamedTuple):
-    tokens: list[str]
-    logprobs: list[float]
-    num_prompt_tokens: int
+class Engine:
+    """The same engine without the daemon, in this process."""
+
+    def __init__(self, **settings: Any) -> None:
+        from hybridgen.engine.llm import LLM
+
+        with contextlib.redirect_stderr(io.StringIO()):  # a bar of progress
+            self._llm = LLM(host_pages=NUM_PAGES, max_num_seqs=4, **settings)
+        self.core = self._llm._core
+        self.explain = self.core.explain
+        self.arenas = {
+            str(role): Pieces(arena.num_pages, arena.stride_bytes, arena.address)
+            for role, arena in self.core._runner.store.host.arenas.items()
+        }
+
+    def answer(self, prompt: str, num_tokens: int) -> Answer:
+        from hybridgen.engine.request import SamplingParams
+
+        params = SamplingParams(max_tokens=num_tokens, temperature=0, ignore_eos=True, logprobs=1)
+        (output,) = self._llm.generate([prompt], params)
+        choice, tokenizer = output.outputs[0], self._llm.get_tokenizer()
+        tokens = [tokenizer.decode([token]) for token in choice.token_ids]
+        return Answer(tokens, [one.logprob for one in choice.logprobs or ()], len(output.prompt_token_ids))
 
 
-def answer_of(server: Daemon, prompt: str, max_tokens: int) -> Answer:
-    answer = server.complete(prompt, max_tokens)
-    logprobs = answer["choices"][0]["logprobs"]
-    return Answer(logprobs["tokens"], logprobs["token_logprobs"], answer["usage"]["prompt_tokens"])
-
-
-def difference(one: Answer, other: Answer) -> str:
-    """The largest of the log-probabilities, of answers whose tokens are equal."""
-    assert one.tokens == other.tokens, (one.tokens, other.tokens)
-    return f"{max(abs(a - b) for a, b in zip(one.logprobs, other.logprobs, strict=True)):.1e}"
-
-
-def on_one_node(policy: str, *prompts: str) -> list[Answer]:
-    """The answers with all pages on node 0, where they are verified to lie, of an engine in this process."""
-    # Not above: importing takes as long as the daemon's own, which is not to wait for it.
-    from hybridgen.engine.llm import LLM
-    from hybridgen.engine.request import SamplingParams
-
-    llm = LLM(
-        host_pages=NUM_PAGES,
-        max_num_seqs=4,
-        host_attention=policy,
-        memory_tiers={node.id: "none" for node in NODES if node.id},
-    )
-    params = SamplingParams(max_tokens=NUM_TOKENS, temperature=0, ignore_eos=True, logprobs=1)
-    answers: list[Answer] = []
-    for prompt in prompts:
-        (output,) = llm.generate([prompt], params)
-        choice = output.outputs[0]
-        tokens = [llm.get_tokenizer().decode([token]) for token in choice.token_ids]
-        logprobs = [one.logprob for one in choice.logprobs or ()]
-        answers.append(Answer(tokens, logprobs, len(output.prompt_token_ids)))
-    arenas = llm._core._runner.store.host.arenas
-    assert all(set(arena.node_bytes()) == {0} for arena in arenas.values())
+def on_one_node(policy: str, prompts: Sequence[str], num_tokens: int) -> list[Answer]:
+    """The answers with all pages on node 0, where they are verified to lie."""
+    engine = Engine(host_attention=policy, memory_tiers={node.id: "none" for node in NODES if node.id})
+    answers = [engine.answer(prompt, num_tokens) for prompt in prompts]
+    counts = verify(os.getpid(), engine.arenas, engine.explain)
+    assert all(set(nodes) == {0} for nodes in counts.values()), counts
     return answers
 
 
-@contextmanager
+@contextlib.contextmanager
 def filled(nodes: Iterable[int]) -> Iterator[int]:
     """Nodes that other memory takes all of; how many MiB that took."""
     import torch
@@ -253,74 +267,83 @@ def filled(nodes: Iterable[int]) -> Iterator[int]:
     for node in nodes:
         for piece_bytes, at_once in ((2 << 20, 25), (32 << 10, 16), (32 << 10, 1)):
             kept.append(Arena((1200 << 20) // piece_bytes, (piece_bytes,), torch.uint8, name="other memory"))
-            with suppress(NodeFull):
+            with contextlib.suppress(NodeFull):
                 for first in range(0, kept[-1].num_pages, at_once):
                     kept[-1].bind(range(first, first + at_once), node)
     yield sum(sum(arena.node_bytes().values()) for arena in kept) >> 20
 
 
-def with_the_paper_rule_keys_lie_in_dram_and_values_on_cpu_less_nodes() -> str:
+def map_explains(url: str, page: int) -> str:
+    """What `hybridgen map --explain` prints."""
+    from hybridgen.server.placement import placement
+
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        assert placement(url=url, page=page, api_key=None) == 0
+    return printed.getvalue()
+
+
+def the_daemon_keeps_keys_in_dram_and_values_on_cpu_less_nodes() -> str:
     with daemon("--placement", "paper") as server:
-        answer = answer_of(server, SHORT, NUM_TOKENS)
-        counts = server.verify()
-        assert set(server.pieces) == {"k", "v"}
+        expected, expected_other = on_one_node("exact", (SHORT, OTHER), 24)
+        compared_s = time.monotonic() - server._begin
+        server.wait()
+        begin = time.monotonic()
+        answer = server.answer(SHORT, 24)
+        answered_s = time.monotonic() - begin
+        counts = verify(server.engine_pid, server.arenas, server.explain)
+        assert set(counts) == {"k", "v"}
         assert set(counts["k"]) == DRAM, counts
         assert set(counts["v"]) == CPU_LESS, counts
-        explained = subprocess.run(
-            [sys.executable, "-m", "hybridgen", "map", "--url", server.url, "--explain", "0"],
-            capture_output=True,
-            text=True,
-            check=True,
-        ).stdout
+        explained = map_explains(server.url, 0)
         assert re.search(r"by the kernel's word, NUMA nodes: k on [01], v on [23]\n", explained), explained
         print(explained, end="")
-        maps = {role: server.mapped(role) for role in server.pieces}
+        kibibytes = {
+            role: kibibytes_by_numa_maps(server.engine_pid, pieces) for role, pieces in server.arenas.items()
+        }
         with filled(CPU_LESS) as mebibytes:
-            other = answer_of(server, OTHER, NUM_TOKENS)
-        both = server.verify()
-        told = [
-            re.sub(r".*host_memory: ", "", line).strip() for line in server.log if " pieces went to " in line
+            other = server.answer(OTHER, 24)
+        both = verify(server.engine_pid, server.arenas, server.explain)
+        assert DRAM & set(both["v"]), both
+        (first, *_) = [
+            re.sub(r".*host_memory: ", "", line) for line in server.log if " pieces went to " in line
         ]
-    assert both["v"][0] + both["v"].get(1, 0) > 0, both
-    assert told
-    expected, expected_other = on_one_node("exact", SHORT, OTHER)
+    print(f"{mebibytes} MiB of other memory on nodes 2 and 3, then: {first}", end="")
     same, same_other = difference(answer, expected), difference(other, expected_other)
-    print(f"{mebibytes} MiB of other memory on nodes 2 and 3, then «{told[0]}»")
     return (
-        f"ready after {server.ready_s:.0f} s; {answer.num_prompt_tokens} prompt tokens; pieces by node {counts}, KiB "
-        f"by /proc/PID/numa_maps {maps}; nodes 2 and 3 filled, another answer: {both}; 2 x {len(answer.tokens)} tokens "
-        f"equal those of one node (log-probabilities differ by {same}, {same_other}): {''.join(answer.tokens)!r}"
+        f"ready after {server.ready_s:.0f} s, the engine to compare with done after {compared_s:.0f} s; "
+        f"{answer.num_prompt_tokens} prompt tokens answered in {answered_s:.1f} s; pieces by node {counts}, KiB by "
+        f"/proc/PID/numa_maps {kibibytes}; "
+        f"nodes 2 and 3 filled, another answer: {both}; 2 x {len(answer.tokens)} tokens equal those of one node "
+        f"(log-probabilities differ by {same}, {same_other}): {''.join(answer.tokens)!r}"
     )
 
 
 def with_the_mapper_labels_are_true_and_migrations_change_no_token() -> str:
-    with daemon("--placement", "mapper", "--host-attention", "mass") as server:
-        first = answer_of(server, LONG, NUM_TOKENS)
-        time.sleep(1)  # for migrations that the last steps began
-        counts = server.verify()
-        migrated = server.metric("hybridgen:migrated_pieces_total")
-        again = answer_of(server, LONG, NUM_TOKENS)
-        time.sleep(1)
-        counts_again = server.verify()
-        hits = server.metric("vllm:prefix_cache_hits_total")
-        migrated_again = server.metric("hybridgen:migrated_pieces_total")
-        summary = json.loads(server.get("/placement"))["lines"]
-        print("\n".join(summary))
-    assert migrated > 0, counts
-    assert hits > 0
-    (expected,) = on_one_node("mass", LONG)
-    same, same_again = difference(first, expected), difference(again, expected)
-    return (
-        f"pieces by node {counts}, {migrated:.0f} migrated, then {counts_again}, {migrated_again:.0f} migrated; the "
-        f"answer, and again with {hits:.0f} cached tokens, equal that of one node (log-probabilities differ by {same}, "
-        f"{same_again})"
-    )
+    expected = on_one_node("mass", (LONG, LONG), 40)  # the second time from the prefix cache
+    engine = Engine(placement="mapper", host_attention="mass")
+    figures: list[str] = []
+    for same in expected:
+        answer = engine.answer(LONG, 40)
+        engine.core._runner.store.host._finish_moves(wait=True)  # that the last steps began
+        counts = verify(os.getpid(), engine.arenas, engine.explain)
+        stats = engine.core.stats()
+        num_migrated = sum(move.num_total for move in stats.migrations)
+        figures.append(
+            f"{stats.num_prefix_hits_total} cached tokens, pieces by node {counts}, {num_migrated} migrated, "
+            f"log-probabilities differ by {difference(answer, same)}"
+        )
+    assert num_migrated > 0
+    assert stats.num_prefix_hits_total > 0
+    assert any(len(nodes) > 1 for nodes in counts.values()), counts
+    print("\n".join(engine.explain(None)))
+    return f"{answer.num_prompt_tokens} prompt tokens, the tokens are those of one node; {'; again: '.join(figures)}"
 
 
 if __name__ == "__main__":
     checks.run(
         [
-            with_the_paper_rule_keys_lie_in_dram_and_values_on_cpu_less_nodes,
+            the_daemon_keeps_keys_in_dram_and_values_on_cpu_less_nodes,
             with_the_mapper_labels_are_true_and_migrations_change_no_token,
         ]
     )
