@@ -68,7 +68,7 @@ def pour(sizes: Floats, loads: Floats, phase_of: Ints, capacity: Floats, bandwid
         return np.outer(sizes, capacity / max(1.0, capacity.sum()))
     stripes = bandwidth / bandwidth.sum()
     if (total * stripes <= capacity).all():
-        return sizes[:, None] * stripes
+        return np.asarray(sizes[:, None] * stripes, dtype=np.float64)
     # Nodes that are alike share alike. Fast ones first.
     kinds: dict[tuple[float, float], list[int]] = {}
     for node in np.lexsort((capacity, -bandwidth)).tolist():
