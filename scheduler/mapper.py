@@ -344,7 +344,10 @@ class _Plan:
         light = deque[_Piece]()
         looked = False
         hopeless = set[float]()  # sizes: what is less dense and as large gains less
-        for piece in self._extreme(late, count, phase=phase, least=least):
+        # Without an exchange, what is read by more than `amount` cannot move, and must not hide what can.
+        exchanges = self._used[ready] + books.role_bytes.max() > books.capacity[ready]
+        most = np.inf if exchanges else amount
+        for piece in self._extreme(late, count, phase=phase, least=least, most=most):
             if piece.size in hopeless:
                 continue
             missing = self._used[ready] + piece.size - books.capacity[ready]
@@ -389,12 +392,12 @@ class _Plan:
         return bool(gain_s >= least / bandwidth[late])
 
     def _extreme(
-        self, node: int, count: int, *, phase: int | None = None, least: float = -1.0
+        self, node: int, count: int, *, phase: int | None = None, least: float = -1.0, most: float = np.inf
     ) -> list[_Piece]:
         """Up to `count` pieces on the node that have not moved.
 
-        With a phase, those that are read in it, and at least so much for their bytes, the densest first; without, the
-        least dense first.
+        With a phase, those that are read in it, at least so much for their bytes and by at most so many bytes, the
+        densest first; without, the least dense first.
         """
         books, densest = self._books, phase is not None
         if self._density is None:
@@ -403,6 +406,7 @@ class _Plan:
         density = self._density[pieces]
         phases = books.phase_of[pieces % len(ROLES)]
         chosen = (density >= least) & ((phases == phase) | (not densest))
+        chosen &= density * books.role_bytes[pieces % len(ROLES)] <= most
         pieces, density = pieces[chosen], density[chosen]
         count += len(self._moved)
         key = -density if densest else density

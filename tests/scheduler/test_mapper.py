@@ -238,10 +238,15 @@ def test_no_draw_exceeds_a_capacity_or_a_budget(data: st.DataObject) -> None:
         rule.books.check_integrity()
 
 
-@given(seed=st.integers(0, 1 << 30), num_cxl=st.integers(1, 4), tight=st.booleans())
+@given(
+    seed=st.integers(0, 1 << 30),
+    num_cxl=st.integers(1, 4),
+    tight=st.booleans(),
+    pattern=st.sampled_from([MASS, SPARSE_V]),
+)
 @settings(max_examples=25, deadline=None)
 def test_under_the_same_reads_there_is_an_end_to_migrations_and_none_is_for_the_worse(
-    seed: int, num_cxl: int, tight: bool
+    seed: int, num_cxl: int, tight: bool, pattern: ReadPattern
 ) -> None:
     rng = np.random.default_rng(seed)
     room = 0.4 if tight else 2
@@ -249,17 +254,24 @@ def test_under_the_same_reads_there_is_an_end_to_migrations_and_none_is_for_the_
         dram(capacity=int(300 * HALF * room)),
         *(cxl(8 + i, capacity=600 * HALF) for i in range(num_cxl)),
     ]
-    placed = mapper(*nodes, shape=INDEXED, pattern=MASS, pages=200)
+    shape = INDEXED if pattern is MASS else PLAIN
+    placed = mapper(*nodes, shape=shape, pattern=pattern, pages=200)
     placed.place(range(200))
     mass = rng.pareto(1.0, 200)
     shares = np.minimum(1, 0.2 * mass / mass.mean())
+    reads = PageReads(
+        np.arange(200),
+        k_share=shares if pattern is MASS else None,
+        v_share=shares,
+        mass=mass / mass.sum(),
+    )
     for _ in range(30):
-        placed.observe(PageReads(np.arange(200), k_share=shares, v_share=shares, mass=mass / mass.sum()))
+        placed.observe(reads)
     before_s = placed.books.read_seconds()
     converge(placed)
     assert placed.books.read_seconds() <= before_s
     for _ in range(20):
-        placed.observe(PageReads(np.arange(200), k_share=shares, v_share=shares, mass=mass / mass.sum()))
+        placed.observe(reads)
         assert not placed.plan(1 << 30), "moved again, though nothing has changed"
 
 
