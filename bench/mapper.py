@@ -1,8 +1,9 @@
 """Where the mapper puts pages, against the rules that others use, simulated: `python -m bench.mapper`.
 
-Random machines, models and loads; every rule places the same pages, and a step takes as long as the slowest node
-needs for what is read of it, migrations included. No memory is read: the times are bytes / bandwidth. What a page is
-read is drawn here, and shown to the mapper only after the step, with noise.
+Random machines, models and loads; every rule places the same pages. A step reads in phases (`mass`: the index, then the
+rest; `hybridgen`: K, then V), and each takes as long as the slowest node needs for what is read of it. Migrations go on
+all the while, on both of their nodes: each phase has a part of them by its length. No memory is read: the times are
+bytes / bandwidth. What a page is read is drawn here, and shown to the mapper only after the step, with noise.
 """
 
 import argparse
@@ -20,6 +21,8 @@ import numpy.typing as npt
 from hybridgen.scheduler.machine import MemoryNode, Tier
 from hybridgen.scheduler.mapper import SemanticMapper
 from hybridgen.scheduler.placements import (
+    INDEX_FIRST,
+    K_FIRST,
     FirstTouch,
     PageReads,
     PageShape,
@@ -87,8 +90,8 @@ def draw(seed: int, *, max_pages: int = 12_000, shrink_to: int | None = None) ->
     sparse = float(rng.uniform(0.03, 0.3))
     pattern = {
         "exact": ReadPattern(0, 0, 1, 1),
-        "mass": ReadPattern(1, 0.25, sparse, sparse),
-        "hybridgen": ReadPattern(0, 0, 1, sparse),
+        "mass": ReadPattern(1, 0.25, sparse, sparse, INDEX_FIRST),
+        "hybridgen": ReadPattern(0, 0, 1, sparse, K_FIRST),
     }[policy]
     contexts: list[int] = []
     wanted = int(rng.integers(1, 17))
@@ -181,13 +184,19 @@ def run(rule: RuleBase, load: Load, *, steps: int) -> Result:
         begin_s = time.perf_counter()
         moves = rule.plan(load.budget)
         plan_s += time.perf_counter() - begin_s
-        traffic = np.bincount(where[present], reads[present], minlength=len(books.nodes))
+        traffic = np.zeros_like(books.phase_loads)
+        np.add.at(
+            traffic, (np.broadcast_to(books.phase_of, where.shape)[present], where[present]), reads[present]
+        )
+        copied = np.zeros(len(books.nodes))
         for move in moves:
             size = books.shape.role_bytes[list(type(move.role)).index(move.role)]
             moved_bytes += size
-            traffic[books.position[move.source]] += size
-            traffic[books.position[move.target]] += size
-        read_s += float((traffic / books.bandwidth).max())
+            copied[books.position[move.source]] += size
+            copied[books.position[move.target]] += size
+        lengths = (traffic / books.bandwidth).max(axis=1)
+        traffic += np.outer(lengths / lengths.sum(), copied)
+        read_s += float((traffic / books.bandwidth).max(axis=1).sum())
         begin_s = time.perf_counter()
         rule.apply(moves)
         if load.policy == "exact":

@@ -30,6 +30,8 @@ from hybridgen.scheduler.machine import MemoryNode, Role, Tier
 from hybridgen.scheduler.mapper import SemanticMapper
 from hybridgen.scheduler.placements import (
     HOTNESS_WEIGHT,
+    INDEX_FIRST,
+    K_FIRST,
     ROLES,
     FirstTouch,
     Migration,
@@ -58,8 +60,8 @@ RULES: dict[str, type[RuleBase]] = {
 # What a policy is expected to read of a page, until it has been measured.
 PATTERNS = {
     "exact": ReadPattern(0.0, 0.0, 1.0, 1.0),
-    "mass": ReadPattern(1.0, 0.05, 0.2, 0.2),
-    "hybridgen": ReadPattern(0.0, 0.0, 1.0, 0.05),
+    "mass": ReadPattern(1.0, 0.05, 0.2, 0.2, INDEX_FIRST),
+    "hybridgen": ReadPattern(0.0, 0.0, 1.0, 0.05, K_FIRST),
 }
 
 

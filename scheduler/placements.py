@@ -15,6 +15,10 @@ import numpy.typing as npt
 from hybridgen.scheduler.machine import MemoryNode, Role, Tier
 
 ROLES = tuple(Role)  # the order of columns
+# In which order roles are read, for `ReadPattern.phases`.
+ONE_PHASE = (ROLES,)
+INDEX_FIRST = ((Role.INDEX,), (Role.V_SUMS, Role.K, Role.V))
+K_FIRST = ((Role.K,), (Role.V,))
 HOTNESS_WEIGHT = 0.2  # of a step in the EWMA of what is read: about the last five count
 
 
@@ -40,21 +44,38 @@ class PageShape:
 @dataclass(frozen=True, slots=True)
 class ReadPattern:
     """The share of each role's bytes that one reader of a page reads in a step, as long as the page has not been
-    measured.
+    measured; and the phases in which roles are read, of which each begins when the one before it has ended.
 
-    `exact`: (0, 0, 1, 1). `mass`: index 1, a few of the sums, the same small share of K and V. `hybridgen`: K 1, V
-    sparse.
+    `exact`: (0, 0, 1, 1) in `ONE_PHASE`. `mass`: index 1, a few of the sums, the same small share of K and V, by
+    `INDEX_FIRST`. `hybridgen`: K 1, V sparse, by `K_FIRST`.
+
+    Raises:
+        ValueError: a role that is read is in no phase, or one is in two.
     """
 
     index: float
     v_sums: float
     k: float
     v: float
+    phases: tuple[tuple[Role, ...], ...] = ONE_PHASE
+
+    def __post_init__(self) -> None:
+        named = [role for phase in self.phases for role in phase]
+        read = {role for role, share in zip(ROLES, self.shares, strict=True) if share}
+        if len(set(named)) < len(named) or not read <= set(named):
+            raise ValueError(f"phases {self.phases} do not have each of {sorted(read)} once")
 
     @property
     def shares(self) -> tuple[float, float, float, float]:
         """In the order of `ROLES`."""
         return self.index, self.v_sums, self.k, self.v
+
+    @property
+    def phase_of(self) -> tuple[int, ...]:
+        """In the order of `ROLES`; 0 for what is never read."""
+        return tuple(
+            next((number for number, phase in enumerate(self.phases) if role in phase), 0) for role in ROLES
+        )
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -138,7 +159,7 @@ class Books:
     """Which piece lies where, what every node holds, and what is read of it.
 
     Invariants (`check_integrity`): a page has a node for each role that has bytes, or for none; no node holds more than
-    its capacity; `used` and `loads` are the sums over pieces.
+    its capacity; `used` and `phase_loads` are the sums over pieces.
 
     Attributes:
         node_of: [pages, roles] positions in `nodes`; -1: the page is free, or the role has no bytes.
@@ -150,7 +171,8 @@ class Books:
         num_pieces: [roles, nodes].
         used: [nodes] bytes held.
         reserved: [nodes] bytes of pieces on their way there; what they leave is theirs until they have left.
-        loads: [nodes] bytes expected to be read in a step.
+        phase_of: [roles] number of the phase in which it is read.
+        phase_loads: [phases, nodes] bytes expected to be read in a step.
     """
 
     def __init__(
@@ -177,8 +199,14 @@ class Books:
         self.num_pieces = np.zeros((len(ROLES), len(nodes)), dtype=np.int64)
         self.used = np.zeros(len(nodes))
         self.reserved = np.zeros(len(nodes))
-        self.loads = np.zeros(len(nodes))
+        self.phase_of = np.array(pattern.phase_of, dtype=np.int64)
+        self.phase_loads = np.zeros((len(pattern.phases), len(nodes)))
         self.step = 0
+
+    @property
+    def loads(self) -> npt.NDArray[np.float64]:
+        """[nodes] bytes expected to be read in a step, of all phases."""
+        return np.asarray(self.phase_loads.sum(axis=0))
 
     def is_placed(self, page: int) -> bool:
         return bool((self.node_of[page] >= 0).any())
@@ -208,7 +236,8 @@ class Books:
                 size = self.role_bytes[column]
                 self.num_pieces[column, position] += 1
                 self.used[position] += size
-                self.loads[position] += size * self.pattern.shares[column] * readers
+                load = size * self.pattern.shares[column] * readers
+                self.phase_loads[self.phase_of[column], position] += load
 
     def release(self, pages: Sequence[int]) -> None:
         ids = np.asarray(pages, dtype=np.int64)
@@ -255,7 +284,9 @@ class Books:
                 self.share[ids, column] += change
                 loads = self.role_bytes[column] * change * self.readers[ids]
                 where = np.maximum(0, self.node_of[ids, column])  # without bytes it is no load anywhere
-                self.loads += np.bincount(where, loads, minlength=len(self.nodes))
+                self.phase_loads[self.phase_of[column]] += np.bincount(
+                    where, loads, minlength=len(self.nodes)
+                )
 
     def move(self, page: int, role: Role, source: int, target: int) -> None:
         """Write down a migration between nodes with these ids."""
@@ -269,18 +300,32 @@ class Books:
         self.num_pieces[column, end] += 1
         self.used[begin] -= size
         self.used[end] += size
-        self.loads[begin] -= load
-        self.loads[end] += load
+        phase = self.phase_of[column]
+        self.phase_loads[phase, begin] -= load
+        self.phase_loads[phase, end] += load
+
+    def phase_seconds(self) -> npt.NDArray[np.float64]:
+        """[phases] each until its slowest node has been read."""
+        return np.asarray((self.phase_loads / self.bandwidth).max(axis=1))
 
     def read_seconds(self) -> float:
-        """Until the slowest node has been read."""
-        return float((self.loads / self.bandwidth).max())
+        """Of a step, for a sequence: its phases follow one another. Where those of many sequences overlap, at most."""
+        return float(self.phase_seconds().sum())
 
     def _count(self, ids: npt.NDArray[np.int64], sign: float) -> None:
-        where = self.node_of[ids]
-        loads = self.role_bytes * self.share[ids] * self.readers[ids, None]
+        self.phase_loads += sign * self._sum_loads(
+            self.node_of[ids], self.role_bytes * self.share[ids] * self.readers[ids, None]
+        )
+
+    def _sum_loads(
+        self, where: npt.NDArray[np.int8], loads: npt.NDArray[np.float64]
+    ) -> npt.NDArray[np.float64]:
+        """Add up [pages, roles] to [phases, nodes]."""
+        num_phases, num_nodes = self.phase_loads.shape
         present = where >= 0
-        self.loads += sign * np.bincount(where[present], loads[present], minlength=len(self.nodes))
+        cells = self.phase_of * num_nodes + where
+        total = np.bincount(cells[present], loads[present], minlength=num_phases * num_nodes)
+        return np.asarray(total.reshape(num_phases, num_nodes), dtype=np.float64)
 
     def check_integrity(self) -> None:
         """Raise AssertionError, with the numbers, if the sums are not those of the pieces. O(pages)."""
@@ -293,9 +338,10 @@ class Books:
             assert (counts == self.num_pieces[column]).all(), f"{counts} pieces of {ROLES[column]}"
         assert (used == self.used).all(), f"{self.used} bytes counted, {used} held"
         assert (used <= self.capacity).all(), f"{used} bytes held, of {self.capacity}"
-        loads = self.role_bytes * self.share * self.readers[:, None]
-        total = np.bincount(self.node_of[present], loads[present], minlength=len(self.nodes))
-        assert np.allclose(total, self.loads, rtol=1e-6, atol=1.0), f"{self.loads} read, {total} by pieces"
+        total = self._sum_loads(self.node_of, self.role_bytes * self.share * self.readers[:, None])
+        assert np.allclose(total, self.phase_loads, rtol=1e-6, atol=1.0), (
+            f"{self.phase_loads} read, {total} by pieces"
+        )
 
 
 class RuleBase:

@@ -12,6 +12,8 @@ from bench.mapper import RULES, compare, draw
 from hybridgen.scheduler.machine import MemoryNode, Role, Tier
 from hybridgen.scheduler.mapper import SemanticMapper, coldest, pour
 from hybridgen.scheduler.placements import (
+    INDEX_FIRST,
+    K_FIRST,
     ROLES,
     FirstTouch,
     Migration,
@@ -25,12 +27,13 @@ from hybridgen.scheduler.placements import (
     WeightedInterleave,
 )
 
-KIB, GIB = 1 << 10, 1 << 30
+KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
 HALF = 64 * KIB
-EXACT, SPARSE_V, MASS = ReadPattern(0, 0, 1, 1), ReadPattern(0, 0, 1, 0.1), ReadPattern(1, 0.25, 0.1, 0.1)
+EXACT, SPARSE_V = ReadPattern(0, 0, 1, 1), ReadPattern(0, 0, 1, 0.1, K_FIRST)
+MASS = ReadPattern(1, 0.25, 0.1, 0.1, INDEX_FIRST)
 PLAIN = PageShape(0, 0, HALF, HALF)
 INDEXED = PageShape(HALF // 2, HALF // 16, HALF, HALF)
-K, V = ROLES.index(Role.K), ROLES.index(Role.V)
+INDEX, V_SUMS, K, V = range(len(ROLES))
 
 
 def dram(number: int = 0, *, gb_s: float = 200, capacity: int = GIB) -> MemoryNode:
@@ -65,12 +68,45 @@ def share_on(rule: RuleBase, tier: Tier, column: int) -> float:
     return float(pieces[is_tier].sum() / pieces.sum())
 
 
-def test_keys_lie_in_dram_and_values_in_cxl_memory_where_values_are_read_sparsely() -> None:
-    placed = mapper(dram(), cxl(), pattern=SPARSE_V)
+def test_phases_follow_one_another_and_each_ends_with_its_slowest_node() -> None:
+    """8 MiB/s and 2 MiB/s; 3 MiB of K and 1 MiB of V on the first, 1 MiB of K and half a MiB of V on the second."""
+    nodes = dram(gb_s=8 * MIB / 1e9), cxl(gb_s=2 * MIB / 1e9)
+    placed = mapper(*nodes, shape=PageShape(0, 0, MIB, MIB), pattern=ReadPattern(0, 0, 1, 0.5, K_FIRST))
+    for page, (k, v) in enumerate([(0, 0), (0, 0), (0, 1), (1, 1)]):
+        placed.books.take_in(page, (-1, -1, k, v), 1)
+    assert placed.books.phase_loads.tolist() == [[3 * MIB, MIB], [MIB, MIB]]
+    assert placed.books.phase_seconds().tolist() == [0.5, 0.5]
+    assert placed.books.read_seconds() == 1.0
+    assert placed.node_read_bytes() == (4 * MIB, 2 * MIB)
+    at_once = mapper(*nodes, shape=PageShape(0, 0, MIB, MIB), pattern=ReadPattern(0, 0, 1, 0.25))
+    at_once.books.take_in(0, (-1, -1, 0, 1), 1)
+    assert at_once.books.read_seconds() == 0.125
+
+
+@pytest.mark.parametrize("pattern", [EXACT, SPARSE_V, MASS], ids=["exact", "hybridgen", "mass"])
+def test_where_there_is_room_each_role_is_striped_in_proportion_to_bandwidth(pattern: ReadPattern) -> None:
+    placed = mapper(dram(), cxl(), shape=INDEXED, pattern=pattern)
     placed.place(range(400))
-    assert share_on(placed, Tier.CXL, V) == 1
-    assert share_on(placed, Tier.DRAM, K) > 0.9
+    assert placed.books.num_pieces / 400 == pytest.approx(np.tile([200 / 236, 36 / 236], (4, 1)), abs=0.01)
+    assert placed.books.read_seconds() == pytest.approx(placed.books.loads.sum() / 236e9, rel=0.02)
     assert not placed.plan(1 << 30)
+
+
+def test_keys_lie_in_dram_and_values_in_cxl_memory_where_dram_is_short_and_values_are_read_sparsely() -> None:
+    placed = mapper(dram(capacity=200 * HALF), cxl(), pattern=SPARSE_V)
+    placed.place(range(200), coming=100)
+    placed.place(range(200, 300))
+    assert share_on(placed, Tier.CXL, V) == 1
+    assert share_on(placed, Tier.DRAM, K) == pytest.approx(2 / 3, abs=0.02)
+
+
+def test_in_short_dram_the_index_comes_first_and_values_leave_before_keys() -> None:
+    # The index's stripe, 0.42 of a half page of 2.56, and little more.
+    placed = mapper(dram(capacity=300 * HALF), cxl(), shape=INDEXED, pattern=MASS)
+    placed.place(range(300))
+    assert share_on(placed, Tier.DRAM, INDEX) == pytest.approx(200 / 236, abs=0.02)
+    assert share_on(placed, Tier.CXL, V) > 0.95
+    assert 0.2 < share_on(placed, Tier.DRAM, K) < 0.7
 
 
 def test_where_everything_is_read_both_are_striped_in_proportion_to_bandwidth() -> None:
@@ -81,41 +117,85 @@ def test_where_everything_is_read_both_are_striped_in_proportion_to_bandwidth() 
         assert pieces.tolist() == pytest.approx([200 / 254, 36 / 254, 18 / 254], abs=0.01)
 
 
-def test_the_index_lies_in_dram_and_what_is_selected_from_in_cxl_memory() -> None:
-    placed = mapper(dram(gb_s=250), cxl(gb_s=100), shape=INDEXED, pattern=MASS)
-    placed.place(range(400))
-    assert share_on(placed, Tier.DRAM, ROLES.index(Role.INDEX)) == 1
-    assert share_on(placed, Tier.CXL, V) > 0.9
-
-
-def test_scarce_dram_goes_to_what_is_read_most_for_its_bytes() -> None:
-    # DRAM holds the index and little more.
-    placed = mapper(dram(capacity=110 * HALF), cxl(), shape=INDEXED, pattern=MASS)
-    placed.place(range(200), coming=0)
-    assert share_on(placed, Tier.DRAM, ROLES.index(Role.INDEX)) > 0.95
-
-
 @pytest.mark.parametrize("seed", range(50))
 def test_pour_finds_the_least_time_that_whole_pieces_could_have_too(seed: int) -> None:
-    """Against every way to lay six pieces on two nodes or three."""
+    """Against every way to lay six pieces, of one phase or two, on two nodes or three."""
     rng = np.random.default_rng(seed)
     count = 2 + seed % 2
     sizes = rng.integers(1, 6, 6).astype(float)
     loads = sizes * rng.choice([0, 0.1, 0.5, 1, 3], 6)
+    phases = rng.integers(0, 1 + seed // 25, 6, endpoint=True) if seed >= 25 else np.zeros(6, dtype=np.int64)
     bandwidth = rng.choice([1.0, 2.0, 7.0], count)
     capacity = rng.uniform(0.4, 1.2, count) * sizes.sum()
+    cells = np.zeros((int(phases.max()) + 1, count))
+
+    def seconds(amounts: np.ndarray[Any, Any]) -> float:
+        total = np.zeros_like(cells)
+        np.add.at(total, phases, amounts)
+        return float((total / bandwidth).max(axis=1).sum())
+
     best = np.inf
     for where in product(range(count), repeat=6):
-        held, read = (np.bincount(where, each, minlength=count) for each in (sizes, loads))
-        if (held <= capacity).all():
-            best = min(best, float((read / bandwidth).max()))
+        amounts = np.eye(count)[list(where)]
+        if (sizes @ amounts <= capacity).all():
+            best = min(best, seconds(loads[:, None] * amounts))
     if capacity.sum() < sizes.sum() or best == np.inf:
         pytest.skip("the pieces do not fit")
-    poured = pour(sizes, loads, capacity, bandwidth)
-    density = loads / sizes
+    poured = pour(sizes, loads, phases, capacity, bandwidth)
     assert poured.sum(axis=1) == pytest.approx(sizes)
-    assert (poured.sum(axis=0) <= capacity * (1 + 1e-9)).all()
-    assert (poured.T @ density / bandwidth).max() <= best * (1 + 1e-6) + 1e-9
+    assert (poured.sum(axis=0) <= capacity + 1e-6 * sizes.sum()).all()
+    assert seconds(poured * (loads / sizes)[:, None]) <= best * 1.001 + 1e-9
+
+
+@given(
+    seed=st.integers(0, 1 << 30),
+    num_cxl=st.integers(1, 4),
+    dram_share=st.floats(0.2, 1.5),
+    pattern=st.sampled_from([EXACT, SPARSE_V, MASS]),
+)
+@settings(max_examples=40, deadline=None)
+def test_it_is_never_worse_than_interleave_but_for_whole_pieces(
+    seed: int, num_cxl: int, dram_share: float, pattern: ReadPattern
+) -> None:
+    """Where every page is read alike, before anything moves and after."""
+    rng = np.random.default_rng(seed)
+    shape = INDEXED if pattern is MASS else PLAIN
+    total = 200 * sum(shape.role_bytes)
+    nodes = [
+        dram(gb_s=float(rng.uniform(50, 300)), capacity=int(total * dram_share)),
+        *(cxl(8 + i, capacity=int(1.1 * total / num_cxl)) for i in range(num_cxl)),
+    ]
+    ours = mapper(*nodes, shape=shape, pattern=pattern, pages=200)
+    theirs = WeightedInterleave(nodes, shape, pattern, 200)
+    for rule in (ours, theirs):
+        for begin in range(0, 200, 20):
+            rule.place(range(begin, begin + 20), coming=180 - begin)
+    # Two pieces of each phase more than could be divided.
+    densest = max(s * b for s, b in zip(pattern.shares, shape.role_bytes, strict=True))
+    whole = 2 * len(pattern.phases) * densest / ours.books.bandwidth.min()
+    assert ours.books.read_seconds() <= theirs.books.read_seconds() + whole
+    converge(ours)
+    assert ours.books.read_seconds() <= theirs.books.read_seconds() + whole
+
+
+def test_what_one_phase_has_too_much_of_on_a_node_leaves_it_though_all_together_are_even() -> None:
+    placed = mapper(dram(gb_s=40), cxl(gb_s=40), pattern=ReadPattern(0, 0, 1, 1, K_FIRST), pages=100)
+    for page in range(100):
+        placed.books.take_in(page, (-1, -1, 0, 1), 1)
+    assert placed.books.read_seconds() == pytest.approx(200 * HALF / 40e9)
+    converge(placed)
+    assert placed.books.read_seconds() == pytest.approx(100 * HALF / 40e9, rel=0.02)
+    assert placed.books.num_pieces[[K, V]].tolist() == [[50, 50], [50, 50]]
+
+
+def test_keys_change_places_with_sparsely_read_values_that_fill_dram() -> None:
+    placed = mapper(dram(capacity=101 * HALF), cxl(), pattern=SPARSE_V, pages=100)
+    for page in range(100):
+        placed.books.take_in(page, (-1, -1, 1, 0), 1)
+    before_s = placed.books.read_seconds()
+    converge(placed)
+    assert share_on(placed, Tier.DRAM, K) == pytest.approx(200 / 236, abs=0.03)
+    assert placed.books.read_seconds() < 0.3 * before_s
 
 
 @given(st.data())
@@ -158,10 +238,15 @@ def test_no_draw_exceeds_a_capacity_or_a_budget(data: st.DataObject) -> None:
         rule.books.check_integrity()
 
 
-@given(seed=st.integers(0, 1 << 30), num_cxl=st.integers(1, 4), tight=st.booleans())
+@given(
+    seed=st.integers(0, 1 << 30),
+    num_cxl=st.integers(1, 4),
+    tight=st.booleans(),
+    pattern=st.sampled_from([MASS, SPARSE_V]),
+)
 @settings(max_examples=25, deadline=None)
 def test_under_the_same_reads_there_is_an_end_to_migrations_and_none_is_for_the_worse(
-    seed: int, num_cxl: int, tight: bool
+    seed: int, num_cxl: int, tight: bool, pattern: ReadPattern
 ) -> None:
     rng = np.random.default_rng(seed)
     room = 0.4 if tight else 2
@@ -169,17 +254,24 @@ def test_under_the_same_reads_there_is_an_end_to_migrations_and_none_is_for_the_
         dram(capacity=int(300 * HALF * room)),
         *(cxl(8 + i, capacity=600 * HALF) for i in range(num_cxl)),
     ]
-    placed = mapper(*nodes, shape=INDEXED, pattern=MASS, pages=200)
+    shape = INDEXED if pattern is MASS else PLAIN
+    placed = mapper(*nodes, shape=shape, pattern=pattern, pages=200)
     placed.place(range(200))
     mass = rng.pareto(1.0, 200)
     shares = np.minimum(1, 0.2 * mass / mass.mean())
+    reads = PageReads(
+        np.arange(200),
+        k_share=shares if pattern is MASS else None,
+        v_share=shares,
+        mass=mass / mass.sum(),
+    )
     for _ in range(30):
-        placed.observe(PageReads(np.arange(200), k_share=shares, v_share=shares, mass=mass / mass.sum()))
+        placed.observe(reads)
     before_s = placed.books.read_seconds()
     converge(placed)
     assert placed.books.read_seconds() <= before_s
     for _ in range(20):
-        placed.observe(PageReads(np.arange(200), k_share=shares, v_share=shares, mass=mass / mass.sum()))
+        placed.observe(reads)
         assert not placed.plan(1 << 30), "moved again, though nothing has changed"
 
 
@@ -268,7 +360,7 @@ def test_the_coldest_leave_the_device_first() -> None:
 
 def test_a_page_says_where_it_lies_and_why() -> None:
     emulated = MemoryNode(8, "slow", Tier.CXL, 36e9, 2.5e-7, GIB, emulated=True)
-    placed = mapper(dram(), emulated, pattern=SPARSE_V)
+    placed = mapper(dram(capacity=101 * HALF), emulated, pattern=SPARSE_V)
     placed.place(range(100))
     placed.observe(PageReads(np.arange(100), mass=np.full(100, 0.01)))
     text = "\n".join(placed.explain(3))
@@ -277,7 +369,10 @@ def test_a_page_says_where_it_lies_and_why() -> None:
     assert placed.explain(400) == ("page 400 is free",)
     whole = "\n".join(placed.describe())
     assert "slow (emulated), cxl" in whole
-    assert "100 v" in whole
+    assert "16 k, 83 v" in whole
+    k_ms, v_ms = (1e3 * placed.books.phase_seconds()).tolist()
+    assert f"in {k_ms + v_ms:.2f} ms (k {k_ms:.2f}, then v {v_ms:.2f})" in whole
+    assert f" ms of v's {v_ms:.2f} ms" in text
 
 
 def test_the_paper_s_rule_puts_keys_in_dram_and_values_in_cxl_memory_and_overflows() -> None:
@@ -335,5 +430,5 @@ def test_50_simulated_loads_against_the_paper_s_rule_and_interleave() -> None:
         paper.append(results["paper"].read_s / ours_s)
         interleave.append(results["interleave"].read_s / ours_s)
     assert sum(ratio >= 1.3 for ratio in paper) >= 25
-    assert min(paper) >= 0.98
-    assert min(interleave) >= 0.97
+    assert min(paper) >= 0.99
+    assert min(interleave) >= 0.99
