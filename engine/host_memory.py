@@ -23,7 +23,7 @@ from hybridgen.kernels.arena import Arena, stride_bytes
 from hybridgen.kernels.attention import KVPages, allocate_pages
 from hybridgen.kernels.index import KVIndex, index_shapes
 from hybridgen.kernels.layout import KVLayout
-from hybridgen.kernels.memory import NodeFull, NodeUnavailable, PlacementForbidden
+from hybridgen.kernels.memory import NodeFull, NodeUnavailable, PlacementError, PlacementForbidden
 from hybridgen.kernels.numa import allowed_nodes
 from hybridgen.kernels.page_memory import NodeReads, NodeSpeed, PageMemory
 from hybridgen.scheduler.machine import MemoryNode, Role, Tier
@@ -48,6 +48,8 @@ from hybridgen.scheduler.placements import (
 logger = logging.getLogger(__name__)
 
 FIRST_EMULATED_ID = 1000  # numbers of emulated nodes; the kernel's are below
+MOST_LOOKS = 255  # that migrations wait after some could not be made
+COLD = 1e-6  # mass below which a page is not hot at all
 OBSERVED_STEPS = 8  # from one look at what was read to the next
 
 RULES: dict[str, type[RuleBase]] = {
@@ -154,9 +156,11 @@ class HostMemory:
                     "--kv-cache-memory-bytes or --host-pages"
                 )
             self._rule = RULES[rule](nodes, shape, PATTERNS[policy], num_pages)
+            self._capacity = self._rule.books.capacity.copy()
             self.pages = self._allocate(layout, num_pages, with_index, is_confined)
         self._home = next(node.id for node in nodes if node.id < FIRST_EMULATED_ID)
         self._num_steps = 0
+        self._readers = np.zeros(num_pages, dtype=np.int64)  # of each page in the last step
         self._num_reads = np.zeros(
             num_pages
         )  # readers of each page, summed over the steps since the last look
@@ -166,6 +170,8 @@ class HostMemory:
         self._delayed_s = np.zeros(len(nodes))
         self._migrated: dict[tuple[int, int, str], int] = defaultdict(int)
         self._num_failed = 0
+        self._looks_to_wait = self._wait = 0
+        self._moves_are_off = False
         self._mover = ThreadPoolExecutor(1, "kv-migrations") if self._rule is not None else None
         self._moving: tuple[tuple[Migration, ...], Future[frozenset[tuple[int, Role]]]] | None = None
 
@@ -232,28 +238,25 @@ class HostMemory:
         Args:
             coming: pages that are known to follow soon.
 
-        Raises:
-            NodeFull, NodeUnavailable: no node has memory left for them, whatever their capacities say.
-            NoRoom: likewise, after that has been found out of some nodes.
+        Where a node has less memory than its capacity says, they go to another one; where none has, the system
+        decides, and a warning says so.
         """
         rule = self._rule
         self._heat[pages] = 0
         if rule is None or not pages:
             self._is_placed[pages] = True
             return
-        if self._moving is not None and {move.page for move in self._moving[0]} & set(pages):
-            self._finish_moves(wait=True)
         again = [page for page in pages if self._is_placed[page]]
         if again:
-            rule.release(again)
-        self._is_placed[pages] = True
+            self.release(again)
         try:
             nodes = rule.place(pages, coming=coming)
         except NoRoom:
-            if self._moving is None:
-                raise
-            self._finish_moves(wait=True)  # pieces on their way hold room at both ends
+            # Pieces on their way hold room at both ends, and nodes that were full may not be any more.
+            self._finish_moves(wait=True)
+            rule.books.capacity[:] = self._capacity
             nodes = rule.place(pages, coming=coming)
+        self._is_placed[pages] = True
         for column, role in enumerate(ROLES):
             if role not in self._arenas:
                 continue
@@ -290,9 +293,8 @@ class HostMemory:
             those = left[: room(other)]
             if not those:
                 continue
-            try:
-                self._bind_on(arena, those, other.id)
-            except (NodeFull, NodeUnavailable):
+            those = self._bind_some(arena, those, other.id)
+            if not those:
                 continue
             logger.warning("%s; %d pieces went to %s", error, len(those), other.name)
             for page in those:
@@ -301,10 +303,25 @@ class HostMemory:
             left = left[len(those) :]
             if not left:
                 break
-        # What it holds is what it can hold: the rule asks it for no more.
+        # What it holds is what it can hold, until somebody looks again: the rule asks it for no more.
         books.capacity[self._position[node]] = books.used[self._position[node]]
         if left:
-            raise error
+            # Better on some node than nowhere: the system gives them memory as they are written.
+            logger.warning("%s; %d pieces lie where the system puts them", error, len(left))
+            self.memory.labels[ROLES.index(role), left] = self._position[node]
+
+    def _bind_some(self, arena: Arena, pages: list[int], node: int) -> list[int]:
+        """As many of the pages, from the first on, as the node has memory for, to within a half."""
+        while pages:
+            try:
+                self._bind_on(arena, pages, node)
+            except NodeFull:
+                pages = pages[: len(pages) // 2]
+            except NodeUnavailable:
+                return []
+            else:
+                break
+        return pages
 
     def _bind_on(self, arena: Arena, pages: Sequence[int], node: int) -> None:
         if len(arena.nodes) > 1:
@@ -314,6 +331,21 @@ class HostMemory:
         """The node whose memory it is made of: its own, unless it is emulated."""
         return self._home if node >= FIRST_EMULATED_ID else node
 
+    def release(self, pages: Sequence[int] | npt.NDArray[np.int64]) -> None:
+        """These pages hold nothing any more. Their memory stays where it is until they are prepared again."""
+        placed = [int(page) for page in pages if self._is_placed[page]]
+        if self._moving is not None and {move.page for move in self._moving[0]} & set(placed):
+            self._finish_moves(wait=True)
+        self._is_placed[placed] = False
+        self._heat[placed] = 0
+        if self._rule is not None and placed:
+            self._rule.release(placed)
+
+    @property
+    def looks_next(self) -> bool:
+        """Whether the rule is asked at the end of the step under way: a good time to `release`."""
+        return (self._num_steps + 1) % OBSERVED_STEPS == 0
+
     @property
     def wants_reads(self) -> bool:
         """Whether anybody looks at what `begin_step` is told."""
@@ -321,9 +353,11 @@ class HostMemory:
 
     def begin_step(self, tables: Sequence[Sequence[int] | npt.NDArray[np.int64]]) -> None:
         """A step reads these host pages; one that several sequences hold is named several times."""
-        for pages in tables:
-            ids = np.asarray(pages, dtype=np.int64)
-            self._num_reads += np.bincount(ids, minlength=self.memory.num_pages)
+        ids = np.concatenate(
+            [np.asarray(pages, dtype=np.int64) for pages in tables] or [np.zeros(0, np.int64)]
+        )
+        self._readers = np.bincount(ids, minlength=self.memory.num_pages)
+        self._num_reads += self._readers
 
     def end_step(self) -> NodeReads:
         """Learn from the step's reads; begin migrations that are worth it. Returns what the step read of each node."""
@@ -340,11 +374,14 @@ class HostMemory:
         if rule is not None:
             self._finish_moves(wait=False)
             placed = np.flatnonzero(self._is_placed)
-            # Pages that were read in none of these steps wait, or are cached.
-            readers = np.rint(self._num_reads[placed] / OBSERVED_STEPS).astype(np.int32)
-            rule.set_readers(placed, readers)  # type: ignore[arg-type]
+            # Pages that the last step did not read wait, or are cached.
+            readers = self._readers[placed].astype(np.int32)
+            changed = readers != rule.books.readers[placed]
+            rule.set_readers(placed[changed], readers[changed])
+            rule.books.capacity[:] = np.maximum(self._capacity, rule.books.used)
             rule.observe(self._page_reads(placed[self._num_reads[placed] > 0]))
-            if self._moving is None:
+            self._looks_to_wait -= 1
+            if self._moving is None and not self._moves_are_off and self._looks_to_wait < 0:
                 migrations = rule.plan(self._migration_bytes)
                 if migrations and self._mover is not None:
                     # Pages that are prepared meanwhile must not take the room.
@@ -358,20 +395,17 @@ class HostMemory:
     def _note_heat(self) -> None:
         if not self.memory.has_heat:
             return
-        pages = np.flatnonzero(self._num_reads)
         num_heads = self.layout.num_layers * self.layout.num_kv_heads
-        # For all readers together: what a step reads of the page, in masses.
-        held = self.memory.mass[pages] / (num_heads * OBSERVED_STEPS)
-        self._heat[pages] += HOTNESS_WEIGHT * (held - self._heat[pages])
+        # For all readers together: what a step reads of the page, in masses. Pages that nobody reads cool down.
+        held = self.memory.mass / np.maximum(1, self._num_reads) / num_heads * self._readers
+        self._heat += HOTNESS_WEIGHT * (held - self._heat)
+        self._heat[self._heat < COLD] = 0
         hot = np.flatnonzero(self._heat)
         self.heat = dict(zip(hot.tolist(), self._heat[hot].tolist(), strict=True))
 
     def _page_reads(self, pages: npt.NDArray[np.int64]) -> PageReads:
         if not self.memory.has_heat:
             return PageReads(pages)
-        if not self.memory.tokens[pages].any():  # nothing was selected: short contexts are read in full
-            whole = np.ones(len(pages))
-            return PageReads(pages, whole, whole)
         # Added up over layers, KV heads, readers and steps.
         num_heads = self.layout.num_layers * self.layout.num_kv_heads
         times = self._num_reads[pages] * num_heads
@@ -393,6 +427,11 @@ class HostMemory:
                 failed |= {(page, role) for page in self._arenas[role].migrate(pages, node).failed}
             except NodeUnavailable as error:
                 logger.warning("%s", error)
+                failed |= {(page, role) for page in pages}
+            except (PlacementError, OSError) as error:
+                # Serving goes on without migrations. Pieces that did arrive are read where they are all the same.
+                logger.error("no page is moved between memory nodes any more: %s", error)
+                self._moves_are_off = True
                 failed |= {(page, role) for page in pages}
         return frozenset(failed)
 
@@ -422,6 +461,10 @@ class HostMemory:
             self._migrated[move.source, move.target, move.reason] += 1
             num_made += 1
         self._num_failed += len(migrations) - num_made
+        # What could not be moved now is not tried at once again, and each time in vain it is tried later.
+        self._looks_to_wait = self._wait = (
+            min(2 * self._wait + 1, MOST_LOOKS) if num_made < len(migrations) else 0
+        )
         logger.debug("%d pieces migrated, %d could not be", num_made, len(migrations) - num_made)
 
     def counts(self) -> MemoryCounts:

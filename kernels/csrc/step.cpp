@@ -116,6 +116,17 @@ void Step::count(Reading& reading, Role role, const int32_t* pages, int32_t begi
   }
 }
 
+// Tokens [begin, end) are read in full by one KV head; what mass they hold is not known.
+void Step::heat(const int32_t* pages, int32_t begin, int32_t end) const {
+  if (memory_ == nullptr || !memory_->has_heat()) return;
+  for (int32_t key = begin; key < end;) {
+    const int32_t page = key / layout_.page_size;
+    const int32_t next = std::min((page + 1) * layout_.page_size, end);
+    memory_->heat(pages[page], 0.0f, static_cast<float>(next - key));
+    key = next;
+  }
+}
+
 void Step::store_tokens(int32_t layer, const std::byte* k, int64_t k_stride, const std::byte* v, int64_t v_stride,
                         int32_t begin, int32_t end) const {
   const int64_t bytes = dtype_bytes(layout_.dtype);
@@ -337,6 +348,7 @@ void Step::Attend::run_item(int32_t, int32_t group_index, int32_t item_index, Wo
       std::min(item.block_end * kBlockTokens, step_.key_end_[tile.query + tile.num_queries - 1]);
   step_.count(reading, Role::k, task.pages, item.block_begin * kBlockTokens, key_end);
   step_.count(reading, Role::v, task.pages, item.block_begin * kBlockTokens, key_end);
+  step_.heat(task.pages, item.block_begin * kBlockTokens, key_end);
   const auto dtype = static_cast<int>(layout.dtype);
   if (tile.partial < 0) {
     step_.pool_.kernels().attend[dtype](task, worker.scratch());

@@ -104,6 +104,7 @@ class Step {
   void check_layer(int32_t layer) const;
   // Of keys [begin, end) of one KV head, in pages of `pages`, a row each is read.
   void count(Reading& reading, Role role, const int32_t* pages, int32_t begin, int32_t end) const;
+  void heat(const int32_t* pages, int32_t begin, int32_t end) const;
 
   Pool& pool_;
   const Layout layout_;

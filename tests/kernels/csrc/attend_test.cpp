@@ -55,7 +55,8 @@ struct Batch {  // exactly as large as it says: what reads past an end is found 
     std::mt19937 random(seed);
     auto pick = [&](int low, int high) { return std::uniform_int_distribution<int>(low, high)(random); };
     const int dims[] = {64, 80, 128, 2 * pick(1, 64)};
-    layout = {2, pick(1, 3), dims[pick(0, 3)], 16 * pick(1, 3), Dtype::bfloat16};
+    layout = {2, pick(1, 3), dims[pick(0, 3)], 16 * pick(1, 3), Dtype::bfloat16, 0};
+    layout.page_stride = layout.head_elements() * layout.num_kv_heads * layout.num_layers;
     num_heads = layout.num_kv_heads * pick(1, 8);
     const int num_seqs = pick(1, 4);
     query_begin.push_back(0);
@@ -74,8 +75,8 @@ struct Batch {  // exactly as large as it says: what reads past an end is found 
       values.resize(static_cast<size_t>(count));
       for (uint16_t& value : values) value = bfloat16(normal(random));
     };
-    fill(k, num_pages * layout.page_elements());
-    fill(v, num_pages * layout.page_elements());
+    fill(k, num_pages * layout.page_stride);
+    fill(v, num_pages * layout.page_stride);
     fill(q, int64_t{query_begin.back()} * num_heads * layout.head_dim);
   }
 
@@ -113,6 +114,12 @@ void attend_in_flight(Pool& pool, Pool& alone, unsigned seed) {
   Batch batch(seed);
   const auto reference = batch.step(alone);
   const auto step = batch.step(pool);
+  const auto num_pages = static_cast<size_t>(batch.num_pages);
+  std::vector<uint8_t> labels(kNumRoles * num_pages);
+  for (size_t i = 0; i < labels.size(); ++i) labels[i] = static_cast<uint8_t>(i % 2);
+  std::vector<float> heat(2 * num_pages);
+  PageMemory memory(batch.num_pages, labels.data(), heat.data(), {{}, {50.0, 100.0}});
+  step->keep_memory(memory);
   std::vector<std::thread> threads;
   for (int t = 0; t < 2; ++t) {
     threads.emplace_back([&] {
@@ -133,6 +140,10 @@ void attend_in_flight(Pool& pool, Pool& alone, unsigned seed) {
     });
   }
   for (std::thread& thread : threads) thread.join();
+  // Each of the two threads attended in three layers, to the same keys.
+  const PageMemory::Counts counts = memory.take();
+  CHECK((counts.bytes[0] + counts.bytes[1]) % 6 == 0);
+  CHECK(memory.take().bytes[0] == 0);
 
   // Stored and copied pages hold what was put there.
   const auto width = static_cast<size_t>(batch.layout.num_kv_heads * batch.layout.head_dim);
@@ -144,7 +155,7 @@ void attend_in_flight(Pool& pool, Pool& alone, unsigned seed) {
   for (size_t i = 0; i < pages.size(); ++i) pages[i] = static_cast<int32_t>(i);
   PageCopy copy(pool, {reinterpret_cast<std::byte*>(batch.k.data()), reinterpret_cast<std::byte*>(batch.v.data())},
                 {reinterpret_cast<std::byte*>(k.data()), reinterpret_cast<std::byte*>(v.data())}, pages, pages,
-                batch.layout.page_elements() * 2);
+                batch.layout.page_stride * 2, batch.layout.page_stride * 2, batch.layout.page_stride * 2);
   pool.run(copy);
   CHECK(k == batch.k);
   CHECK(v == batch.v);
