@@ -3,8 +3,8 @@
 A node of DRAM and one that stands for CXL memory, both read no faster than their emulated bandwidth, which is well
 below what this machine can read: so the nodes are what a step waits for, as they are where many threads share them. The
 embedded model reads the same context under each rule and decodes. Beside a step's time stands that of the same steps on
-nodes as fast as they are, and what the rule's own books predict for reading: the slowest node's bytes / bandwidth, summed
-over phases.
+nodes as fast as they are, and what the rule's own books predict for reading: the slowest node's bytes / bandwidth,
+summed over phases.
 
 DRAM is large enough for everything ("roomy"), or for 60 % of it ("tight"; without an index pages are smaller: 83 %).
 """
