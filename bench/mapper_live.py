@@ -3,9 +3,10 @@
 A node of DRAM and one that stands for CXL memory, both read no faster than their emulated bandwidth, which is well
 below what this machine can read: so the nodes are what a step waits for, as they are where many threads share them. The
 embedded model reads the same context under each rule and decodes. Beside a step's time stands that of the same steps on
-nodes as fast as they are, and what the rule's own books predict for reading: the slowest node's bytes / bandwidth.
+nodes as fast as they are, and what the rule's own books predict for reading: the slowest node's bytes / bandwidth,
+summed over phases.
 
-DRAM is large enough for everything ("roomy"), or for 60 % of it ("tight").
+DRAM is large enough for everything ("roomy"), or for 60 % of it ("tight"; without an index pages are smaller: 83 %).
 """
 
 import argparse
@@ -105,6 +106,7 @@ def measure(
 
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
+    began = datetime.now(UTC).isoformat(timespec="seconds")
     tokenizer = Tokenizer.from_file(str(EMBEDDED_MODEL / "tokenizer.json"))
     prompt = token_ids(tokenizer, "needle", options.context, seed=1)
     cells: dict[str, Any] = {}
@@ -123,7 +125,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
             cells[f"{policy} {name}"] = rules
     return {
         "title": "live, on emulated nodes",
-        "began": datetime.now(UTC).isoformat(timespec="seconds"),
+        "began": began,
         "commit": commit(),
         "machine": machine(),
         "options": {
