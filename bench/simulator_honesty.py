@@ -84,6 +84,8 @@ class FilledPages(ModelRunner):
 
     def __init__(self, runner: ModelRunner) -> None:
         self._inner = runner
+        self._store = runner._store
+        self.reads = None  # of chunks of prompts, which read nothing
         self._vocab_size = runner._decoder.spec.vocab_size
         store = runner._store
         for pages in (store._device, store._host):
@@ -101,8 +103,10 @@ class FilledPages(ModelRunner):
         score_all: Collection[int] = (),
     ) -> tuple[Tensor, dict[int, Tensor]]:
         if all(part.end - part.begin == 1 for part in step.sequences):
-            return self._inner.run(step, known, prompt_lens, score_all=score_all)
-        self._inner._store.carry_out(step.moves)
+            answer = self._inner.run(step, known, prompt_lens, score_all=score_all)
+            self.reads = self._inner.reads
+            return answer
+        self._store.carry_out(step.moves)
         num_samples = sum(part.samples for part in step.sequences)
         return torch.zeros(num_samples, self._vocab_size, dtype=torch.bfloat16), {}
 

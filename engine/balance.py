@@ -57,6 +57,10 @@ class Balance:
         self.num_decisions: Counter[Reason] = Counter()  # those that changed the share aimed at
         self.actual_share = 0.0  # of the running sequences' pages on the device, in the last step
 
+    def initial_pages(self, num_pages: int) -> int:
+        """Device pages for a new sequence of so many pages, by what is known before its first step."""
+        return self._controller.initial_pages(num_pages)
+
     @property
     def can_look_ahead(self) -> bool:
         return self._controller.config.can_look_ahead

@@ -83,6 +83,8 @@ def build_engine(settings: EngineSettings) -> EngineCore:
     else:
         weights = load_weights(folder, spec, dtype=dtype, device=device, show_progress=True)
     pool, device_pool = make_pools(settings)
+    if settings.device_threads and settings.feedback != "fixed" and settings.device_share != 0.5:
+        logger.warning("--device-share has no effect without --feedback fixed")
     nodes, is_confined = host_nodes(settings, num_host_pages, layout, with_index=policy.needs_index)
     host = HostMemory(
         layout,
@@ -161,12 +163,18 @@ def make_pools(settings: EngineSettings) -> tuple[AttentionPool, AttentionPool |
         ValueError: there are not enough cores for both, or no device pages for the second.
     """
     if not settings.device_threads:
-        if settings.num_device_pages and settings.feedback != "measured":
-            logger.warning(
-                "--feedback %s has no effect: the same threads attend device and host pages; give the device some of "
-                "its own with --device-threads",
-                settings.feedback,
-            )
+        defaults = EngineSettings(model="")
+        for flag, name in (
+            ("--feedback", "feedback"),
+            ("--device-share", "device_share"),
+            ("--target-step-s", "target_step_s"),
+        ):
+            if getattr(settings, name) != getattr(defaults, name):
+                logger.warning(
+                    "%s has no effect: the same threads attend device and host pages; give the device some of its own "
+                    "with --device-threads, beside --device-pages",
+                    flag,
+                )
         return AttentionPool(num_threads=settings.threads), None
     if not settings.num_device_pages:
         raise ValueError("--device-threads is for device pages, of which there are none: give --device-pages")
@@ -304,6 +312,7 @@ def make_balance(
         min_device_pages=settings.num_sink_pages + 1,
         fixed_share=settings.device_share,
         can_look_ahead=settings.layer_ahead,
+        can_set_threads=False,
         mass_floor=(floor if floor is not None else 1 - 2 * (1 - settings.attention_mass)) if mass else None,
         target_step_s=settings.target_step_s,
     )

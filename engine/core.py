@@ -182,6 +182,7 @@ class EngineCore:
             balance=self._balance_stats(),
             nodes=nodes,
             migrations=migrations,
+            num_failed_migrations_total=self._runner.store.host.counts().failed,
         )
 
     def check_integrity(self) -> None:
@@ -251,6 +252,9 @@ class EngineCore:
         except BaseException:
             self._sampler.remove(key)
             raise
+        if self._balance is not None:
+            num_pages = -(-len(request.prompt) // self.ready.page_size)
+            self._scheduler.set_split(key, self._balance.initial_pages(num_pages))
         choice = _Choice(
             key, request, index, list(request.prompt), max_tokens, frozenset(params.stop_token_ids)
         )
@@ -310,6 +314,9 @@ class EngineCore:
 
     def _note_clocks(self, step: Step, step_s: float) -> None:
         store, balance, reads = self._runner.store, self._balance, self._runner.reads
+        if store.host.looks_next:
+            first = self.ready.num_device_pages
+            store.host.release([page - first for page in self._scheduler.pages.free_host_pages])
         clocks = store.clocks
         self._device_s += clocks.device_s
         self._host_s += clocks.host_s

@@ -75,11 +75,17 @@ class KVStore:
         self.last_lowest_mass: float | None = (
             None  # that a head retained in the last step; None if none was measured
         )
+        self._coming_pages = 0  # that are known to follow those of the step under way
         self.clocks = StepClocks()  # of the step under way, or the last one
         self.looks_ahead = True  # whether the policy is told a layer ahead, if the decoder can
 
-    def begin_step(self, step: Step) -> None:
-        """Give the host pages that the step writes their nodes, and carry out its moves."""
+    def begin_step(self, step: Step, num_coming: int = 0) -> None:
+        """Give the host pages that the step writes their nodes, and carry out its moves.
+
+        Args:
+            num_coming: tokens of the step's prompts that are still to be computed after it.
+        """
+        self._coming_pages = num_coming // self._host.layout.page_size
         self.clocks = StepClocks()
         num_device, page_size = self._device.num_pages, self._device.layout.page_size
         begin_s = time.perf_counter()
@@ -89,7 +95,7 @@ class KVStore:
             for item in step.sequences:
                 first = -(-item.begin // page_size)  # pages whose first slot is written
                 written += item.block_table[first : -(-item.end // page_size)]
-            self.host.prepare(written)
+            self.host.prepare(written, coming=self._coming_pages)
         self.clocks.moved_s = time.perf_counter() - begin_s if step.moves else 0.0
 
     def carry_out(self, moves: Sequence[PageMove]) -> None:
@@ -113,7 +119,7 @@ class KVStore:
         if sources[0] < num_device:
             host_ids = [target - num_device for target in targets]
             # Now, not earlier: a move before these may have read what they overwrite.
-            self.host.prepare(host_ids)
+            self.host.prepare(host_ids, coming=self._coming_pages)
             copy_pages(self._pool, self._device, sources, self._host, host_ids)
         else:
             host_ids = [source - num_device for source in sources]

@@ -273,6 +273,7 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
     balance: BalanceStats | None = None  # None: device and host are not processors of their own
     nodes: tuple[NodeStats, ...] = ()  # memory nodes that hold host pages
     migrations: tuple[MigrationStats, ...] = ()  # between them
+    num_failed_migrations_total: int = 0  # pieces that the kernel would not move
 
 
 class Ready(msgspec.Struct, frozen=True, kw_only=True, tag="ready"):

@@ -42,7 +42,8 @@ class ModelRunner:
             logits [sequences with samples, vocab], in the step's order, and for each key in `score_all` that the
             step holds the hidden states [its tokens, embed] of all its positions, for `logits`.
         """
-        self._store.begin_step(step)
+        coming = sum(max(0, prompt_lens[item.key] - item.end) for item in step.sequences)
+        self._store.begin_step(step, coming)
         batch = self._builder.build(step, known, prompt_lens)
         attention = self._store.attention(batch)
         rows: list[int] = []

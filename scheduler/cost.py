@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 
 from hybridgen.scheduler.machine import Machine, Role
-from hybridgen.scheduler.placements import ROLES, PageShape, ReadPattern
+from hybridgen.scheduler.placements import INDEX_FIRST, K_FIRST, ROLES, PageShape, ReadPattern
 
 DEVICE_COMPUTE = "device compute"
 DEVICE_BANDWIDTH = "device bandwidth"
@@ -392,9 +392,10 @@ class CostModel:
         """What a reader reads of each role of a host page."""
         factors = self.factors
         if self.system is System.MASS:
-            return ReadPattern(1.0, factors.v_sums_share, factors.selected_share, factors.selected_share)
+            selected = factors.selected_share
+            return ReadPattern(1.0, factors.v_sums_share, selected, selected, phases=INDEX_FIRST)
         if self.system in (System.HYBRIDGEN, System.HYBRIDGEN_PUBLISHED):
-            return ReadPattern(0.0, 0.0, 1.0, self._union_share())
+            return ReadPattern(0.0, 0.0, 1.0, self._union_share(), phases=K_FIRST)
         if self.system is System.INFINIGEN:
             return ReadPattern(0.0, 0.0, self._fetched_share(), self._fetched_share())
         return ReadPattern(0.0, 0.0, 1.0, 1.0)

@@ -146,6 +146,7 @@ class FeedbackConfig:
         max_num_seqs: that may run at all.
         fixed_share: of a sequence's pages, in mode `fixed`.
         can_look_ahead: whether policy and model can look a layer ahead.
+        can_set_threads: whether the pool can work with fewer of its threads; otherwise no number is tried.
         mass_floor: retained mass below it is reported, and nothing is made faster while it lasts.
         target_step_s: longest step to admit sequences into; None: no limit.
         horizon_steps: for how many steps a split is expected to be of use: what a move costs is held against it.
@@ -162,6 +163,7 @@ class FeedbackConfig:
     min_device_pages: int = 2
     fixed_share: float = 0.5
     can_look_ahead: bool = False
+    can_set_threads: bool = True
     mass_floor: float | None = None
     target_step_s: float | None = None
     horizon_steps: int = 256
@@ -699,7 +701,11 @@ class FeedbackController:
         threads, ahead = self._settings
         change = max(1, threads // 8)
         others = [(threads, not ahead)] if self.config.can_look_ahead and not self._mass_is_low else []
-        others += [(max(1, threads - change), ahead), (min(self.config.max_threads, threads + change), ahead)]
+        if self.config.can_set_threads:
+            others += [
+                (max(1, threads - change), ahead),
+                (min(self.config.max_threads, threads + change), ahead),
+            ]
         return [other for other in others if other != self._settings and other not in self._tried]
 
     def _limit_sequences(self, num_running: int, num_pages: int) -> None:
@@ -723,7 +729,8 @@ class FeedbackController:
             lowest = min(highest, count * config.min_device_pages)
             best = model.best(num_pages, lowest, highest)
             device_s, host_s = model.sides(best, num_pages)
-            limits = model.host.is_measured and best < num_pages and host_s >= 0.9 * device_s
+            known = model.host.is_measured or config.mode is Mode.PREDICTED
+            limits = known and best < num_pages and host_s >= 0.9 * device_s
             return model.step_s(best, num_pages), limits
 
         def objection(count: int) -> LimitReason:

@@ -139,6 +139,11 @@ class PagePool:
         return len(self._host.free)
 
     @property
+    def free_host_pages(self) -> tuple[int, ...]:
+        """Ids of host pages that hold nothing worth keeping."""
+        return tuple(self._host.free)
+
+    @property
     def num_cached(self) -> int:
         return len(self._device.cached) + len(self._host.cached)
 

@@ -169,6 +169,12 @@ _ENGINE_METRICS = (
     ),
     _EngineMetric(
         CounterMetricFamily,
+        "hybridgen:failed_migrations",
+        "Pieces of host pages that the kernel would not move to another memory node.",
+        lambda stats, totals: totals.total(stats, "num_failed_migrations_total"),
+    ),
+    _EngineMetric(
+        CounterMetricFamily,
         "hybridgen:steps",
         "Forward passes.",
         lambda stats, totals: totals.total(stats, "num_steps_total"),

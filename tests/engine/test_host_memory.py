@@ -27,7 +27,7 @@ from hybridgen.kernels.attention import AttentionStep, KVLayout
 from hybridgen.kernels.memory import NodeFull, PlacementForbidden
 from hybridgen.kernels.pool import AttentionPool
 from hybridgen.scheduler.machine import MemoryNode, Role, Tier
-from hybridgen.scheduler.placements import ROLES, Migration, NoRoom
+from hybridgen.scheduler.placements import ROLES, Migration
 
 LAYOUT = KVLayout(2, 2, 64, 16, torch.bfloat16)
 HALF = 8 << 10  # bytes of a page's K, and of its V
@@ -127,15 +127,6 @@ def test_what_was_read_reaches_the_rule_after_some_steps() -> None:
     assert books.share[1, V] == 0
     assert books.hotness[0] == pytest.approx(0.5 / 1.5)
     assert not host.memory.mass.any()
-
-
-def test_pages_of_which_nothing_was_selected_were_read_in_full() -> None:
-    """Short contexts are not scanned, and their pages counted as never read."""
-    host = memory(policy="mass", budget=0)
-    host.prepare([0, 1])
-    steps(host, [0, 1])
-    assert host.rule is not None
-    assert host.rule.books.share[:2, [K, V]].tolist() == [[1, 1], [1, 1]]
 
 
 def test_migrations_keep_to_their_budget_and_change_no_byte() -> None:
@@ -346,11 +337,40 @@ def test_a_node_that_is_full_before_its_capacity_is_asked_for_no_more(
     assert "1 pieces went to dram0" in caplog.text
 
 
-def test_what_no_node_has_room_for_is_an_error(kernel: Kernel) -> None:
+def test_what_no_node_has_room_for_lies_where_the_system_puts_it(
+    kernel: Kernel, caplog: pytest.LogCaptureFixture
+) -> None:
     kernel.room = 3
     host = memory(dram(12 * HALF), two_nodes()[1], rule="paper")
-    with pytest.raises((NodeFull, NoRoom)):
-        host.prepare(range(12))
+    host.prepare(range(12))
+    assert "pieces lie where the system puts them" in caplog.text
+    check(host)
+
+
+def test_a_node_that_was_full_for_a_while_is_asked_again(kernel: Kernel) -> None:
+    host = memory(*two_nodes(capacity=20 * HALF), rule="paper")
+    assert host.rule is not None
+    kernel.room = 0
+    host.prepare([0])
+    assert host.rule.books.capacity[1] < 20 * HALF
+    kernel.room = 100
+    steps(host, [0])
+    assert host.rule.books.capacity[1] == 20 * HALF
+    host.prepare([1])
+    assert host.memory.labels[V, 1] == 1
+    check(host)
+
+
+def test_released_pages_are_counted_no_more_and_can_be_prepared_again() -> None:
+    host = memory(dram(), emulated(SLOW), num_pages=10)
+    host.prepare(range(10))
+    assert sum(host.counts().pages[K]) == 10
+    host.release([3, 4])
+    assert sum(host.counts().pages[K]) == 8
+    host.release([3, 4])  # twice is once
+    host.prepare([4])
+    assert sum(host.counts().pages[K]) == 9
+    check(host)
 
 
 def planned(host: HostMemory, *moves: Migration) -> None:

@@ -186,6 +186,17 @@ def test_an_emulated_latency_is_added_to_each_item() -> None:
         assert seconds(context, pool) >= 2 * 0.05  # an item for each KV head at least
 
 
+def test_sequences_too_short_to_scan_count_as_read_in_full(pool: AttentionPool) -> None:
+    context = make_context(pool, LAYOUT, (500, 3000), size=5.0, correlated=0.98)
+    memory = labelled(context, 1)
+    policy = MassPolicy(2, mass=0.95)
+    policy.submit(context.step(pool), 1, context.q).wait()
+    short = context.block_table[0][: -(-500 // 32)]
+    assert memory.tokens[short].sum() == 2 * 500
+    assert not memory.mass[short].any()  # nobody knows
+    assert memory.tokens.sum() == 2 * 500 + policy.stats()[1].attended
+
+
 @pytest.mark.parametrize("num_nodes", [0, 33])
 def test_a_number_of_nodes_that_labels_cannot_name_is_refused(num_nodes: int) -> None:
     with pytest.raises(ValueError, match=f"{num_nodes} memory nodes"):
