@@ -41,7 +41,6 @@ from hybridgen.scheduler.placements import (
 
 _MARGIN = 0.005  # of the even time, by which a node is late before anything moves
 _RESTALE = 0.02  # change of bytes held or read after which the proportions are computed again
-_CLEARLY_HOTTER = 1.25  # than the device page that would have to go
 _POWER = 32  # of a mean of nodes' times that is nearly the longest, and falls when any late one gets shorter
 
 Floats = npt.NDArray[np.float64]
@@ -214,22 +213,6 @@ class SemanticMapper(RuleBase):
             # Either one of the two is even now, or there is nothing more that could go from one to the other.
             if len(plan.migrations) == num_before:
                 active[ready] = False
-
-    def promotions(self, num_free_pages: int, *, coldest_device: float = 0.0) -> tuple[int, ...]:
-        """Host pages worth a free device page, the hottest first: by mass that they hold for all their readers.
-
-        Args:
-            coldest_device: hotness times readers of the device page that would have to go; what is not clearly
-                hotter stays. 0 if none has to.
-        """
-        books = self.books
-        pages = np.flatnonzero((books.node_of >= 0).any(axis=1) & (books.readers > 0))
-        heat = books.readers[pages] * np.maximum(0.0, books.hotness[pages])
-        worth = heat >= _CLEARLY_HOTTER * coldest_device
-        pages, heat = pages[worth], heat[worth]
-        # Without masses, as with `exact`: what has most readers, then the newest.
-        order = np.lexsort((pages, -books.placed_at[pages], -books.readers[pages], -heat))
-        return tuple(pages[order[: max(0, num_free_pages)]].tolist())
 
     def explain(self, page: int) -> tuple[str, ...]:
         """Lines that say where the page's roles lie, and why."""
@@ -444,14 +427,3 @@ def _seconds(loads: Floats, bandwidth: Floats) -> float:
     longest = np.maximum(times.max(axis=1), 1e-30)
     means = (times / longest[:, None]) ** _POWER @ (bandwidth / bandwidth.sum())
     return float((longest * means ** (1 / _POWER)).sum())
-
-
-def coldest(
-    hotness: Sequence[float], num_readers: Sequence[int], age_steps: Sequence[int]
-) -> tuple[int, ...]:
-    """The order in which device pages should go to the host: positions in the given lists, coldest first.
-
-    By mass for all readers, then by readers, then the longest ago.
-    """
-    order = range(len(hotness))
-    return tuple(sorted(order, key=lambda i: (hotness[i] * num_readers[i], num_readers[i], -age_steps[i], i)))

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from bench.mapper import RULES, compare, draw
 from hybridgen.scheduler.machine import MemoryNode, Role, Tier
-from hybridgen.scheduler.mapper import SemanticMapper, coldest, pour
+from hybridgen.scheduler.mapper import SemanticMapper, pour
 from hybridgen.scheduler.placements import (
     INDEX_FIRST,
     K_FIRST,
@@ -331,31 +331,6 @@ def test_hotness_is_a_mean_at_first_and_forgets_later() -> None:
     placed.release([0])
     placed.place([0])
     assert placed.books.hotness[0] < 0, "a new page knows nothing of the one that had its id"
-
-
-def test_the_hottest_pages_come_to_the_device_unless_what_they_would_replace_is_nearly_as_hot() -> None:
-    placed = mapper(dram(), pages=4, shape=INDEXED, pattern=MASS)
-    placed.place([0, 1, 2, 3])
-    placed.set_readers([3], [0])
-    placed.observe(PageReads(np.arange(4), mass=np.array([0.1, 0.3, 0.2, 0.9])))
-    assert placed.promotions(2) == (1, 2)
-    assert placed.promotions(9) == (1, 2, 0)
-    assert placed.promotions(9, coldest_device=0.2) == (1,)
-    assert placed.promotions(9, coldest_device=0.25) == ()
-    assert placed.promotions(0) == ()
-
-
-def test_without_masses_shared_and_then_new_pages_come_to_the_device_first() -> None:
-    placed = mapper(dram(), pages=4)
-    placed.place([0])
-    placed.observe(PageReads(np.array([0])))
-    placed.place([1])
-    placed.place([2], readers=2)
-    assert placed.promotions(3) == (2, 1, 0)
-
-
-def test_the_coldest_leave_the_device_first() -> None:
-    assert coldest([0.5, 0.1, 0.1, 0.1], [1, 1, 3, 1], [0, 5, 9, 7]) == (3, 1, 2, 0)
 
 
 def test_a_page_says_where_it_lies_and_why() -> None:
