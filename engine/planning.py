@@ -8,6 +8,7 @@ from transformers import AutoConfig, PreTrainedConfig
 
 from hybridgen.configs.machines import MachineError, read_machine
 from hybridgen.configs.presets import preset_folder, preset_names
+from hybridgen.configs.settings import load_settings
 from hybridgen.engine.build import load_config
 from hybridgen.engine.model_spec import UnsupportedModel, spec_from_config
 from hybridgen.engine.shape import shape_of
@@ -108,7 +109,7 @@ class Planner:
         self._description = None
         self._measured: tuple[Machine, CostFactors] | None = None
         if machine == THIS_MACHINE:
-            self._measured = measure_machine(self.shape)
+            self._measured = measure_machine(self.shape, tiers=load_settings({}).memory_tiers)
             return
         try:
             self._description = read_machine(machine)

@@ -2,13 +2,15 @@
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 
+from hybridgen.configs.settings import MemoryTier
 from hybridgen.engine.kv_store import available_host_bytes
+from hybridgen.engine.machine import describe_memory, memory_nodes
 from hybridgen.kernels.attention import AttentionStep, KVLayout, KVPages, allocate_pages
 from hybridgen.kernels.index import build_index
 from hybridgen.kernels.linear import Linear
@@ -35,15 +37,18 @@ def measure_machine(
     shape: ModelShape,
     *,
     num_threads: int | None = None,
+    tiers: Mapping[int, MemoryTier] | None = None,
     policies: tuple[str, ...] = (),
     key_scale: float = 1.0,
     num_bytes: int = 256 << 20,
     turn_s: float = 0.12,
 ) -> tuple[Machine, CostFactors]:
-    """This machine as the attention of a model sees it: one DRAM node, no device. Takes 2 to 5 seconds.
+    """This machine as the attention of a model sees it, without a device. Takes 2 to 5 seconds, and where there are
+    several memory nodes up to 3 more to measure each, once.
 
     Args:
         num_threads: of the pool; default: one for each core.
+        tiers: the settings' `memory_tiers`.
         policies: of "mass" and "hybridgen", those whose own factors are to be measured too, on random keys.
         num_bytes: that are read of memory; to be larger than the last cache.
         turn_s: for each of the about ten measurements.
@@ -52,11 +57,13 @@ def measure_machine(
     with AttentionPool(num_threads=num_threads) as pool:
         bandwidth = _plain_read_rate(pool, num_bytes, turn_s)
         core_flops, not_growing = _core_rates(pool.isa, shape.head_dim, turn_s)
-        node = MemoryNode(0, "dram", Tier.DRAM, bandwidth, 100e-9, available_host_bytes())
+        nodes = _several_nodes(tiers or {}) or (
+            MemoryNode(0, "dram", Tier.DRAM, bandwidth, 100e-9, available_host_bytes()),
+        )
         machine = Machine(
             name=f"{cpu_name()}, {pool.num_threads} threads",
             device=None,
-            nodes=(node,),
+            nodes=nodes,
             num_cores=pool.num_threads,
             core_flops=core_flops,
             source="measured",
@@ -74,6 +81,14 @@ def measure_machine(
             handover_s=30e-6,
         )
         return machine, _with_attention(pool, machine, factors, shape, policies, key_scale, num_bytes, turn_s)
+
+
+def _several_nodes(tiers: Mapping[int, MemoryTier]) -> tuple[MemoryNode, ...]:
+    """The nodes that may hold KV, as `hybridgen topology` measures them; empty where there is only one."""
+    topology, _ = describe_memory(tiers, measured=False)
+    if len(topology.usable) < 2:
+        return ()
+    return memory_nodes(*describe_memory(tiers, measured=True))
 
 
 def _typical(fn: Callable[[], object], seconds: float) -> float:

@@ -2,6 +2,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, OPTConfig, PreTrainedConfig
 
+from hybridgen.engine import this_machine
 from hybridgen.engine.kv_store import kv_layout
 from hybridgen.engine.model_spec import spec_from_config
 from hybridgen.engine.planning import CannotPlan, Planner, PlanRequest, find_shape
@@ -9,6 +10,7 @@ from hybridgen.engine.shape import shape_of
 from hybridgen.engine.this_machine import measure_machine
 from hybridgen.kernels.index import allocate_index
 from hybridgen.scheduler.cost import ModelShape
+from hybridgen.scheduler.machine import MemoryNode, Tier
 
 CONFIGS = [
     LlamaConfig(
@@ -87,3 +89,16 @@ def test_this_machine_is_measured_quickly_and_runs_what_needs_no_device() -> Non
     assert machine.core_flops > 1e7
     assert factors.cores_matmul_flops > 1e8
     assert 0 <= factors.core_fixed_share <= 1
+
+
+def test_a_machine_with_several_memory_nodes_is_planned_with_each_as_measured(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    nodes = (
+        MemoryNode(0, "dram0", Tier.DRAM, 2e10, 1e-7, 1 << 30),
+        MemoryNode(2, "cxl2", Tier.CXL, 5e9, 3e-7, 4 << 30),
+    )
+    monkeypatch.setattr(this_machine, "_several_nodes", lambda tiers: nodes)
+    shape = ModelShape("x", 2, 256, 4, 2, 64, 10**6, 10**6, 10**5)
+    machine, _ = measure_machine(shape, num_threads=1, num_bytes=1 << 22, turn_s=0.01)
+    assert machine.nodes == nodes
