@@ -351,7 +351,7 @@ def test_a_host_page_that_is_overwritten_in_the_step_that_promotes_it_is_read_fi
     store = engine(folders("llama"), num_device_pages=4)._runner.store
     host, device = store.host.pages, store._device
 
-    def forget(pages: Sequence[int]) -> None:
+    def forget(pages: Sequence[int], *, coming: int = 0) -> None:
         host.k[list(pages)] = float("nan")
 
     monkeypatch.setattr(store.host, "prepare", forget)
