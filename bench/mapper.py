@@ -10,7 +10,7 @@ import argparse
 import json
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,27 +19,16 @@ import numpy as np
 import numpy.typing as npt
 
 from hybridgen.scheduler.machine import MemoryNode, Tier
-from hybridgen.scheduler.mapper import SemanticMapper
 from hybridgen.scheduler.placements import (
     INDEX_FIRST,
     K_FIRST,
-    FirstTouch,
     PageReads,
     PageShape,
-    PaperRule,
     ReadPattern,
-    RecencyRule,
     RuleBase,
-    WeightedInterleave,
 )
+from hybridgen.scheduler.rules import RULES
 
-RULES: Mapping[str, Callable[..., RuleBase]] = {
-    "mapper": SemanticMapper,
-    "paper": PaperRule,
-    "interleave": WeightedInterleave,
-    "first touch": FirstTouch,
-    "recency": RecencyRule,
-}
 CXL_BANDWIDTH, CXL_LATENCY_S = 36e9, 250e-9
 PAGE_SIZE = 32
 POLICIES = ("exact", "mass", "hybridgen")

@@ -27,10 +27,10 @@ from hybridgen.configs.emulation import EmulatedNode
 from hybridgen.configs.settings import EMBEDDED_MODEL, EngineSettings, PlacementRule
 from hybridgen.engine.build import build_engine
 from hybridgen.engine.core import EngineCore
-from hybridgen.engine.host_memory import RULES
 from hybridgen.engine.request import Request, SamplingParams
 from hybridgen.kernels.page_memory import NodeSpeed
 from hybridgen.kernels.pool import AttentionPool
+from hybridgen.scheduler.rules import RULES
 
 PAGE = 32
 POLICIES = ("exact", "mass", "hybridgen")

@@ -27,23 +27,19 @@ from hybridgen.kernels.memory import NodeFull, NodeUnavailable, PlacementError, 
 from hybridgen.kernels.numa import allowed_nodes
 from hybridgen.kernels.page_memory import NodeReads, NodeSpeed, PageMemory
 from hybridgen.scheduler.machine import MemoryNode, Role, Tier
-from hybridgen.scheduler.mapper import SemanticMapper
 from hybridgen.scheduler.placements import (
     HOTNESS_WEIGHT,
     INDEX_FIRST,
     K_FIRST,
     ROLES,
-    FirstTouch,
     Migration,
     NoRoom,
     PageReads,
     PageShape,
-    PaperRule,
     ReadPattern,
-    RecencyRule,
     RuleBase,
-    WeightedInterleave,
 )
+from hybridgen.scheduler.rules import RULES
 
 logger = logging.getLogger(__name__)
 
@@ -52,13 +48,6 @@ MOST_LOOKS = 255  # that migrations wait after some could not be made
 COLD = 1e-6  # mass below which a page is not hot at all
 OBSERVED_STEPS = 8  # from one look at what was read to the next
 
-RULES: dict[str, type[RuleBase]] = {
-    "mapper": SemanticMapper,
-    "paper": PaperRule,
-    "first-touch": FirstTouch,
-    "interleave": WeightedInterleave,
-    "recency": RecencyRule,
-}
 # What a policy is expected to read of a page, until it has been measured.
 PATTERNS = {
     "exact": ReadPattern(0.0, 0.0, 1.0, 1.0),
@@ -102,7 +91,7 @@ class HostMemory:
     Args:
         nodes: that hold pages, DRAM first; emulated ones have numbers from FIRST_EMULATED_ID on. Several real ones only
             where placing memory is allowed.
-        rule: a name of `RULES`.
+        rule: a name of `scheduler/rules.py`.
         policy: a name of `PATTERNS`.
         migration_bytes: most to be moved at a time.
         is_confined: whether there are other nodes, that are not to hold pages: then even one node's are bound to it.

@@ -5,6 +5,7 @@ A *piece* is one role of one page. The rules here are those that others use; `ma
 interface.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -134,7 +135,9 @@ class Placement(Protocol):
         """The pages are free: forget where they lay."""
         ...
 
-    def set_readers(self, pages: Sequence[int], readers: Sequence[int]) -> None:
+    def set_readers(
+        self, pages: Sequence[int] | npt.NDArray[np.int64], readers: Sequence[int] | npt.NDArray[np.int32]
+    ) -> None:
         """How many running sequences hold these pages from now on; 0 for cached ones."""
         ...
 
@@ -251,7 +254,9 @@ class Books:
         self.node_of[ids] = -1
         self.readers[ids] = 0
 
-    def set_readers(self, pages: Sequence[int], readers: Sequence[int]) -> None:
+    def set_readers(
+        self, pages: Sequence[int] | npt.NDArray[np.int64], readers: Sequence[int] | npt.NDArray[np.int32]
+    ) -> None:
         ids = np.asarray(pages, dtype=np.int64)
         self._count(ids, -1.0)
         self.readers[ids] = readers
@@ -344,7 +349,7 @@ class Books:
         )
 
 
-class RuleBase:
+class RuleBase(ABC):
     """What the rules share: books, and taking pages in whole. A rule says in which order nodes are asked."""
 
     REASON = ""  # for its order, to people
@@ -397,21 +402,23 @@ class RuleBase:
         self._chosen(positions, readers)
         return tuple(positions)
 
-    def _before_placing(self, num_pages: int, readers: int, coming: int) -> None:
+    def _before_placing(self, num_pages: int, readers: int, coming: int) -> None:  # noqa: B027 (not every rule cares)
         """Pages are about to be placed."""
 
+    @abstractmethod
     def _order(self, column: int, used: Sequence[float]) -> Sequence[int]:
         """Nodes to ask for a piece of this role, the first choice first."""
-        raise NotImplementedError
 
-    def _chosen(self, positions: Sequence[int], readers: int) -> None:
+    def _chosen(self, positions: Sequence[int], readers: int) -> None:  # noqa: B027 (likewise)
         """This is where the page goes."""
 
     def release(self, pages: Sequence[int]) -> None:
         """See `Placement.release`."""
         self.books.release(pages)
 
-    def set_readers(self, pages: Sequence[int], readers: Sequence[int]) -> None:
+    def set_readers(
+        self, pages: Sequence[int] | npt.NDArray[np.int64], readers: Sequence[int] | npt.NDArray[np.int32]
+    ) -> None:
         """See `Placement.set_readers`."""
         self.books.set_readers(pages, readers)
 
@@ -502,7 +509,7 @@ class WeightedInterleave(RuleBase):
         order: list[int] = np.argsort(turn, kind="stable").tolist()
         return order
 
-    def _chosen(self, positions: Sequence[int], readers: int) -> None:
+    def _chosen(self, positions: Sequence[int], readers: int) -> None:  # noqa: B027 (likewise)
         for column, position in enumerate(positions):
             if position >= 0:
                 self._given[column, position] += 1

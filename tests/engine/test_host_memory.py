@@ -17,7 +17,6 @@ from hybridgen.engine.host_memory import (
     FIRST_EMULATED_ID,
     OBSERVED_STEPS,
     PATTERNS,
-    RULES,
     HostMemory,
     page_shape,
 )
@@ -28,6 +27,7 @@ from hybridgen.kernels.memory import NodeFull, PlacementForbidden
 from hybridgen.kernels.pool import AttentionPool
 from hybridgen.scheduler.machine import MemoryNode, Role, Tier
 from hybridgen.scheduler.placements import ROLES, Migration
+from hybridgen.scheduler.rules import RULES
 
 LAYOUT = KVLayout(2, 2, 64, 16, torch.bfloat16)
 HALF = 8 << 10  # bytes of a page's K, and of its V

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bench.mapper import RULES, compare, draw
+from bench.mapper import compare, draw
 from hybridgen.scheduler.machine import MemoryNode, Role, Tier
 from hybridgen.scheduler.mapper import SemanticMapper, pour
 from hybridgen.scheduler.placements import (
@@ -26,6 +26,7 @@ from hybridgen.scheduler.placements import (
     RuleBase,
     WeightedInterleave,
 )
+from hybridgen.scheduler.rules import RULES
 
 KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
 HALF = 64 * KIB
