@@ -509,7 +509,7 @@ class WeightedInterleave(RuleBase):
         order: list[int] = np.argsort(turn, kind="stable").tolist()
         return order
 
-    def _chosen(self, positions: Sequence[int], readers: int) -> None:  # noqa: B027 (likewise)
+    def _chosen(self, positions: Sequence[int], readers: int) -> None:
         for column, position in enumerate(positions):
             if position >= 0:
                 self._given[column, position] += 1
