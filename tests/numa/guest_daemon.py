@@ -46,7 +46,6 @@ CITIES = (
     "Tokyo",
     "Madrid",
     "Vienna",
-    "Dublin",
 )
 ANIMALS = ("cat", "dog", "horse", "owl", "fox", "bear", "wolf", "hen")
 
