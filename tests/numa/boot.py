@@ -231,7 +231,8 @@ for name in dev proc sys; do $b mount --move /$name /root/$name; done
 $b mount -t tmpfs t /root/tmp
 $b mount -t tmpfs t /root/run
 $b ip link set lo up
-export HOME=/tmp PATH=/usr/bin:/bin PYTHONPATH=/opt/hybridgen:/tests PYTHONDONTWRITEBYTECODE=1 COLUMNS=150
+export HOME=/tmp PATH=/usr/bin:/bin PYTHONPATH=/opt/hybridgen:/tests
+export PYTHONDONTWRITEBYTECODE=1 COLUMNS=150 OMP_WAIT_POLICY=passive
 status=0
 for script in {" ".join(f"/root/tests/{script.name}" for script in scripts)}; do
   echo "guest: $($b basename $script), $($b cut -d' ' -f1 /root/proc/uptime) s after the start"
