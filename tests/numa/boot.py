@@ -31,7 +31,8 @@ from machine import NODES, access
 FOLDER = Path(__file__).resolve().parent
 ROOT = FOLDER.parents[1]
 CACHE = ROOT / "build" / "numa"
-LIMIT_S = int(os.environ.get("NUMA_TEST_SECONDS", "340"))
+# More than it is to take: other work on the same cores must not fail it.
+LIMIT_S = int(os.environ.get("NUMA_TEST_SECONDS", "600"))
 KERNELS = ("linux-image-6.12-cloud-amd64", "linux-image-cloud-amd64")  # the first has weighted interleaving
 MODULES = ("virtio_pci", "virtio_blk")
 # Of the environment, what no guest needs: tools, and what only building against torch takes.

@@ -59,8 +59,8 @@ def prompt(*cities: str) -> str:
 
 
 SHORT, OTHER, LONG = (
-    prompt(*CITIES[:3]),
-    prompt(*CITIES[3:6]),
+    prompt(*CITIES[:2]),
+    prompt(*CITIES[2:4]),
     prompt(*CITIES),
 )  # of the long one `mass` reads a part
 
@@ -285,11 +285,11 @@ def map_explains(url: str, page: int) -> str:
 
 def the_daemon_keeps_keys_in_dram_and_values_on_cpu_less_nodes() -> str:
     with daemon("--placement", "paper") as server:
-        expected, expected_other = on_one_node("exact", (SHORT, OTHER), 24)
+        expected, expected_other = on_one_node("exact", (SHORT, OTHER), 16)
         compared_s = time.monotonic() - server._begin
         server.wait()
         begin = time.monotonic()
-        answer = server.answer(SHORT, 24)
+        answer = server.answer(SHORT, 16)
         answered_s = time.monotonic() - begin
         counts = verify(server.engine_pid, server.arenas, server.explain)
         assert set(counts) == {"k", "v"}
@@ -302,7 +302,7 @@ def the_daemon_keeps_keys_in_dram_and_values_on_cpu_less_nodes() -> str:
             role: kibibytes_by_numa_maps(server.engine_pid, pieces) for role, pieces in server.arenas.items()
         }
         with filled(2) as mebibytes:
-            other = server.answer(OTHER, 24)
+            other = server.answer(OTHER, 16)
         both = verify(server.engine_pid, server.arenas, server.explain)
         assert DRAM & set(both["v"]), both
         (first, *_) = [
@@ -320,11 +320,11 @@ def the_daemon_keeps_keys_in_dram_and_values_on_cpu_less_nodes() -> str:
 
 
 def with_the_mapper_labels_are_true_and_migrations_change_no_token() -> str:
-    expected = on_one_node("mass", (LONG, LONG), 32)  # the second time from the prefix cache
+    expected = on_one_node("mass", (LONG, LONG), 24)  # the second time from the prefix cache
     engine = Engine(placement="mapper", host_attention="mass")
     figures: list[str] = []
     for same in expected:
-        answer = engine.answer(LONG, 32)
+        answer = engine.answer(LONG, 24)
         engine.core._runner.store.host._finish_moves(wait=True)  # that the last steps began
         counts = verify(os.getpid(), engine.arenas, engine.explain)
         stats = engine.core.stats()
